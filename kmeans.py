@@ -1,0 +1,374 @@
+"""K-means over the gate activations, the bank that keeps them, and what is read off the clusters
+(paper: section 3.2, figure 2; Inter and Intra of tables 2 and 3).
+
+One process or many: `group` says. With a torch.distributed group every rank holds its own rows of one data set (any
+number of them, none too) and calls the same function at the same time; all ranks get the same centres. With None a
+process works alone. `torch.distributed.group.WORLD` is None before init_process_group, so it fits both cases.
+
+Needs torch alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK = 2048  # rows worked on at a time on the CPU: with D near 200 they stay in cache
+CUDA_CHUNK = 65536
+INTER_FLOOR = 1e-3  # centres closer than this are one architecture: A lies in [0, 1] per gate
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def _world():
+    """The group of all ranks, or None where this process works alone."""
+    return dist.group.WORLD if dist.is_available() else None
+
+
+def _rank_and_size(group) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _gather(value: Tensor, group) -> Tensor:
+    """[...] on each rank -> [ranks, ...] on all. Sums over ranks are `_gather(x).sum(0)`: few numbers, and the same
+    bits on every rank, which an all-reduce does not promise."""
+    if group is None:
+        return value[None]
+    # NCCL moves CUDA tensors only; with it, a bank on the CPU is gathered by way of the GPU.
+    sent = (value.cuda() if dist.get_backend(group) == "nccl" else value).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, sent, group=group)
+    return torch.stack(parts).to(value.device)
+
+
+# ---------------------------------------------------------------- K-means
+
+
+def _chunk(x: Tensor) -> int:
+    return CHUNK if x.device.type == "cpu" else CUDA_CHUNK
+
+
+def _distances(x: Tensor, centers: Tensor) -> Tensor:
+    """Euclidean [n, k], from differences: exact at 0 and untouched by TF32, without an [n, k, D] temporary."""
+    return torch.cdist(x, centers, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _nearest(x: Tensor, centers: Tensor, offset: Tensor) -> Tensor:
+    """Index of the nearest centre, [n]; the first on a tie."""
+    if x.device.type != "cpu":
+        return _distances(x, centers).min(dim=1).indices
+    # On the CPU the matrix product is 8 times faster. ‖x−c‖² without the terms that all centres share, and with the
+    # data's mean taken off the centres, so that a common offset of the data does not eat the precision:
+    # −2 x·c' + c'·(c' + 2 offset), c' = c − offset.
+    shifted = centers.double() - offset
+    bias = (shifted * (shifted + 2 * offset)).sum(dim=1)
+    return torch.addmm(bias.to(x.dtype), x, (-2 * shifted).to(x.dtype).t()).min(dim=1).indices
+
+
+def _moved(x: Tensor, old: Tensor, new: Tensor, k: int) -> Tensor:
+    """What the samples that changed cluster add to each cluster's sum and count: float64 [k, D + 1].
+    A label of -1 is no cluster, so the first call (old = -1) gives the whole sums."""
+    delta = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    clusters = torch.arange(k, device=x.device)
+    if x.device.type == "cpu":  # after a few iterations hardly any sample moves; on a GPU finding them costs a sync
+        rows = (old != new).nonzero().squeeze(1)
+    else:
+        rows = torch.arange(len(x), device=x.device)
+    for part in rows.split(_chunk(x)):
+        signed = (new[part, None] == clusters).double() - (old[part, None] == clusters).double()  # [m, k]
+        delta[:, :-1] += signed.t() @ x.index_select(0, part).double()
+        delta[:, -1] += signed.sum(dim=0)
+    return delta
+
+
+def _squared_to_own(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance of each sample to its own centre, [n]."""
+    out = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    for start in range(0, len(x), _chunk(x)):
+        part = slice(start, start + _chunk(x))
+        out[part] = (x[part] - centers[labels[part]]).square().sum(dim=1)
+    return out
+
+
+def _draw(x: Tensor, weights: Tensor, uniforms: Tensor, group) -> Tensor:
+    """Samples drawn with probability ∝ weights over all ranks, one for each number in [0, 1): [len(uniforms), D].
+    Rows count in the order of ranks, so contiguous shards give what one process holding all rows gives."""
+    rank, _ = _rank_and_size(group)
+    cumulative = weights.double().cumsum(dim=0)
+    total = cumulative[-1:] if len(x) else cumulative.new_zeros(1)
+    ends = _gather(total, group).flatten().cumsum(dim=0)  # [ranks]
+    start = ends[rank - 1] if rank else ends.new_zeros(())
+    target = torch.minimum(uniforms * ends[-1], torch.nextafter(ends[-1], ends.new_zeros(())))
+    drawn = x.new_zeros(len(uniforms), x.shape[1])
+    if len(x):
+        index = torch.searchsorted(cumulative, target - start, right=True).clamp(max=len(x) - 1)
+        mine = (target >= start) & (target < ends[rank])
+        drawn = torch.where(mine[:, None], x[index], drawn)
+    return _gather(drawn, group).sum(dim=0)  # one rank holds the row, the others zeros
+
+
+def _plus_plus(x: Tensor, k: int, seed: int, group) -> Tensor:
+    """Greedy K-means++ (Arthur and Vassilvitskii, 2007): each next centre is drawn with probability ∝ squared distance
+    to the nearest centre so far; of 2 + ln k such draws the one that leaves the least inertia is kept. [k, D]"""
+    candidates = 2 + int(math.log(k))
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every rank and device
+    uniforms = torch.rand(k, candidates, generator=generator, dtype=torch.float64).to(x.device)
+    centers = x.new_empty(k, x.shape[1])
+    everyone = x.new_ones(len(x))
+    centers[0] = _draw(x, everyone, uniforms[0, :1], group)[0]
+    closest = _distances(x, centers[:1]).squeeze(1).square()  # [n]
+    inertia = _gather(closest.double().sum(), group).sum()
+    for j in range(1, k):
+        # Inertia 0 means fewer distinct samples than centres: any sample will do.
+        drawn = _draw(x, torch.where(inertia > 0, closest, everyone), uniforms[j], group)
+        left = torch.minimum(_distances(x, drawn).square(), closest[:, None])  # [n, candidates]
+        inertias = _gather(left.double().sum(dim=0), group).sum(dim=0)
+        best = inertias.argmin()
+        centers[j], closest, inertia = drawn[best], left[:, best], inertias[best]
+    return centers
+
+
+def _reseed(x: Tensor, centers: Tensor, labels: Tensor, empty: list[int], group) -> None:
+    """Puts each empty cluster's centre on the sample farthest from its own centre, in place."""
+    far = _squared_to_own(x, centers, labels)
+    for j in empty:
+        row = x.new_zeros(1 + x.shape[1])  # distance, sample
+        row[0] = -1  # what a rank without samples offers
+        if len(x):
+            distance, index = far.max(dim=0)
+            row = torch.cat([distance[None], x[index]])
+        rows = _gather(row, group)
+        centers[j] = rows[rows[:, 0].argmax(), 1:]
+        far = torch.where((x == centers[j]).all(dim=1), 0, far)  # the next one takes a sample at another place
+
+
+@torch.no_grad()
+def kmeans(
+    x: Tensor, k: int, init: Tensor | None = None, max_iter: int = 100, seed: int = 0, group=None
+) -> tuple[Tensor, Tensor, float]:
+    """Lloyd's K-means.
+
+    x:        [n, D] floating point, on any device; half precision is worked on in float32. With `group`, this rank's
+              rows: n may differ between ranks and be 0, D, k and max_iter may not.
+    init:     [k, D] centres to start from (the first rank's count), or None for greedy K-means++ under `seed`.
+    max_iter: most updates of the centres, >= 1; it stops earlier once no sample changes cluster.
+    group:    a torch.distributed group that shares the data, or None (see the top of this file).
+
+    Returns (centers [k, D], labels [n] int64 of this rank's rows, inertia): labels are the nearest of the returned
+    centres, to rounding, the first on a tie; inertia is Σ ‖x − mu(x)‖² over the samples of all ranks.
+
+    A cluster that loses all its samples moves to the sample farthest from its own (updated) centre; several take the
+    farthest, the next farthest, ..., no two at one place. With fewer distinct samples than k, the centres left over
+    coincide with samples that are another centre's, and have no members. Where max_iter ends the run right after such
+    a move, a cluster can still be empty. The same call gives the same result; sums are in float64, so shards give the
+    centres of one process to rounding.
+
+    Raises ValueError, on every rank, for NaN or inf in x or init, for fewer samples than k in total, and for shapes
+    that do not fit.
+    """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [n, D], not {x.dtype} {tuple(x.shape)}")
+    if k < 1 or max_iter < 1:
+        raise ValueError(f"k and max_iter must be >= 1, not {k} and {max_iter}")
+    if init is not None and init.shape != (k, x.shape[1]):
+        raise ValueError(f"init must be [{k}, {x.shape[1]}], not {tuple(init.shape)}")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        n, D = x.shape
+
+        # One exchange tells all ranks the mean, the number of samples, the first rank's init and whether all is finite,
+        # so that all of them raise or none does. A sum is finite only if its terms are: no second pass for NaN.
+        head = torch.zeros(D + 1, dtype=torch.float64, device=x.device)
+        for part in x.split(_chunk(x)):
+            head[:-1] += part.sum(dim=0)
+        head[-1] = n
+        if init is not None:
+            head = torch.cat([head, init.to(head).flatten()])
+        heads = _gather(head, group)
+        total = heads[:, : D + 1].sum(dim=0)
+        finite, samples = torch.stack([heads.isfinite().all().double(), total[-1]]).tolist()  # the one sync to check
+        if not finite:
+            raise ValueError("NaN or inf in the samples or the initial centres")
+        if samples < k:
+            raise ValueError(f"{k} clusters need at least {k} samples, not {int(samples)}")
+        offset = total[:-1] / samples
+
+        centers = _plus_plus(x, k, seed, group) if init is None else heads[0, D + 1 :].view(k, D).to(x.dtype)
+        labels = torch.full((n,), -1, device=x.device)
+        sums = torch.zeros(k, D + 1, dtype=torch.float64, device=x.device)  # last column: counts
+        for _ in range(max_iter):
+            new = _nearest(x, centers, offset)
+            step = torch.cat([_moved(x, labels, new, k).flatten(), (new != labels).sum().double()[None]])
+            labels = new
+            step = _gather(step, group).sum(dim=0)
+            sums += step[:-1].view(k, D + 1)
+            counts = sums[:, -1]
+            # The iteration's one sync: whether to stop, and which clusters are empty.
+            changed, *sizes = torch.cat([step[-1:], counts]).tolist()
+            if not changed:
+                break
+            centers = (sums[:, :-1] / counts.clamp(min=1)[:, None]).to(x.dtype)
+            empty = [j for j, size in enumerate(sizes) if size == 0]
+            if empty:
+                _reseed(x, centers, labels, empty, group)
+        else:  # the cap: the centres have moved since the last assignment
+            labels = _nearest(x, centers, offset)
+        inertia = _gather(_squared_to_own(x, centers, labels).double().sum(), group).sum()
+    return centers, labels, inertia.item()
+
+
+@torch.no_grad()
+def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centre of each sample, the first on a tie, and the plain Euclidean distance to it.
+
+    x [n, D], centers [k, D] -> (labels [n] int64, distances [n]). Raises ValueError for shapes that do not fit.
+    """
+    if x.dim() != 2 or centers.dim() != 2 or x.shape[1] != centers.shape[1] or len(centers) == 0:
+        raise ValueError(f"x must be [n, D] and centers [k >= 1, D], not {tuple(x.shape)} and {tuple(centers.shape)}")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    distances, labels = _distances(x, centers.to(x)).min(dim=1)
+    return labels, distances
+
+
+# ---------------------------------------------------------------- what is read off the clusters
+
+
+def sigma2(inertia: float | Tensor, n: int) -> float | Tensor:
+    """sigma2 = Σ ‖A − mu(x)‖² / (N − 1) of equation (2), N all samples clustered, whatever their cluster.
+    One sample or none has no spread: 0, which the clustering loss raises to its floor."""
+    return inertia / (n - 1) if n > 1 else inertia * 0.0
+
+
+@torch.no_grad()
+def inter_intra(A: Tensor, labels: Tensor, centers: Tensor, max_samples: int | None = None) -> tuple[float, float]:
+    """Inter and Intra of tables 2 and 3, as section 4.1 words them.
+
+    Inter: mean Euclidean distance over pairs of centres (empty clusters' too); 0.0 for fewer than two centres.
+    Intra: mean distance over pairs of samples in a cluster, averaged over the clusters of at least two samples;
+           0.0 if there is none.
+
+    A [n, D], labels [n], centers [k, D]. Works in blocks of about 64 MiB, in time ∝ Σ n_k²; `max_samples` takes that
+    many samples of each cluster, evenly spaced in their order, the same ones each time.
+    Raises ValueError for shapes that do not fit or max_samples < 2.
+    """
+    if A.dim() != 2 or labels.shape != A.shape[:1] or centers.dim() != 2 or centers.shape[1] != A.shape[1]:
+        raise ValueError(
+            f"A [n, D], labels [n] and centers [k, D] do not fit: "
+            f"{tuple(A.shape)}, {tuple(labels.shape)}, {tuple(centers.shape)}"
+        )
+    if max_samples is not None and max_samples < 2:
+        raise ValueError(f"max_samples must be at least 2, not {max_samples}")
+
+    def mean_over_pairs(x: Tensor) -> float:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        total = 0.0
+        rows = max(1, 2**24 // len(x))
+        for start in range(0, len(x), rows):
+            block, rest = x[start : start + rows], x[start + rows :]
+            # Within the block every pair comes twice, and a sample with itself at distance 0.
+            total = total + _distances(block, block).sum(dtype=torch.float64) / 2
+            if len(rest):
+                total = total + _distances(block, rest).sum(dtype=torch.float64)
+        return float(total) / (len(x) * (len(x) - 1) / 2)  # a sync: this is for the log
+
+    intra = []
+    for j in range(len(centers)):
+        members = (labels == j).nonzero().squeeze(1)  # a sync: the pairs' number depends on it
+        if max_samples is not None and len(members) > max_samples:
+            spaced = torch.arange(max_samples, device=members.device) * len(members) // max_samples
+            members = members[spaced]
+        if len(members) > 1:
+            intra.append(mean_over_pairs(A[members]))
+    inter = mean_over_pairs(centers) if len(centers) > 1 else 0.0
+    return inter, sum(intra) / len(intra) if intra else 0.0
+
+
+def describe_collapse(sizes, inter: float, intra: float) -> str | None:
+    """One line of plain words if the clustering has collapsed, else None.
+
+    sizes: samples per cluster (list or tensor [k]). Collapsed is: a cluster without samples, or centres at one place,
+    i.e. inter below 0.001 (A lies in [0, 1] per gate) or below a tenth of intra (a cut through one cloud: K-means on
+    198-dimensional noise without any clusters gives about 0.08).
+    """
+    sizes = [int(size) for size in sizes]
+    empty = [j for j, size in enumerate(sizes) if size == 0]
+    if empty:
+        which = ", ".join(map(str, empty))
+        return f"collapsed: {len(empty)} of {len(sizes)} clusters hold no sample (cluster {which}; sizes {sizes})"
+    if len(sizes) > 1 and inter < max(INTER_FLOOR, 0.1 * intra):
+        return (
+            f"collapsed: the centres are nearly one architecture "
+            f"(inter {inter:.2g}, intra {intra:.2g}, sizes {sizes})"
+        )
+    return None
+
+
+# ---------------------------------------------------------------- bank
+
+
+class Clusters(NamedTuple):
+    """What the training loop keeps between two K-means updates."""
+
+    centers: Tensor  # [k, D] float32, the mu_k
+    sigma2: float  # equation (2)
+    sizes: list[int]  # samples per cluster, over all ranks
+    inertia: float
+
+
+class ActivationBank:
+    """The latest A(x_i) of every training sample, by its index, the same on every rank.
+
+    num_samples: N of the training set; dim: D. Takes N·D·4 bytes (COCO: 94 MB). On the device the model runs on, an
+    update does not wait; on the CPU each one waits for the GPU.
+    `values` [N, D] float32 (zeros where not seen yet), `seen` [N] bool.
+    """
+
+    def __init__(self, num_samples: int, dim: int, device: str | torch.device = "cpu"):
+        self.values = torch.zeros(num_samples, dim, device=device)
+        self.seen = torch.zeros(num_samples, dtype=torch.bool, device=device)
+
+    @property
+    def count(self) -> int:
+        """How many samples have been seen."""
+        return int(self.seen.sum())  # a sync: asked only when clustering
+
+    @torch.no_grad()
+    def update(self, index: Tensor, A: Tensor) -> None:
+        """Keeps A [b, D] of the samples `index` [b] (int64), from all ranks; all must call it with the same b.
+        An index that comes twice in a step keeps one of its A. Raises ValueError for shapes that do not fit."""
+        if index.dim() != 1 or A.shape != (len(index), self.values.shape[1]):
+            raise ValueError(
+                f"index must be [b] and A [b, {self.values.shape[1]}], not {tuple(index.shape)} and {tuple(A.shape)}"
+            )
+        group = _world()
+        index = _gather(index.to(A.device), group).flatten(0, 1).to(self.values.device)
+        self.values[index] = _gather(A.detach().float(), group).flatten(0, 1).to(self.values.device)
+        self.seen[index] = True
+
+    def shard(self) -> tuple[Tensor, Tensor]:
+        """This rank's contiguous share of the seen samples: (index [m], A [m, D]); shares differ by at most one."""
+        rank, size = _rank_and_size(_world())
+        index = self.seen.nonzero().squeeze(1).tensor_split(size)[rank]  # a sync: once per K-means update
+        return index, self.values[index]
+
+    def cluster(self, k: int, centers: Tensor | None = None, seed: int = 0, max_iter: int = 100) -> Clusters:
+        """K-means over the samples seen so far, shared out over the ranks, from `centers` [k, D] (the last update's)
+        or K-means++. Raises ValueError while fewer than k are seen."""
+        group = _world()
+        _, A = self.shard()
+        centers, labels, inertia = kmeans(A, k, init=centers, max_iter=max_iter, seed=seed, group=group)
+        sizes = _gather(torch.bincount(labels, minlength=k), group).sum(dim=0).tolist()
+        return Clusters(centers, sigma2(inertia, sum(sizes)), sizes, inertia)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"values": self.values, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError if `state` is of a bank of another size."""
+        if state["values"].shape != self.values.shape or state["seen"].shape != self.seen.shape:
+            raise ValueError(f"the bank is {tuple(self.values.shape)}, the state {tuple(state['values'].shape)}")
+        self.values.copy_(state["values"])
+        self.seen.copy_(state["seen"])

@@ -1,0 +1,431 @@
+"""The routed backbone: stem, nodes with their cells and gates, per-image routes, and what a route costs.
+
+    backbone = RoutedBackbone(layers=16, width=64, gate="full")
+    features, A, cost = backbone(images)            # images [B, 3, H, W], H and W multiples of backbone.stride
+
+A grid of layers x scales: layer l has up to four (detection: five) nodes, node s works at scale s, that is at stride
+4·2^s with width·2^s channels. A node's *cell* transforms the sum of what arrives; its *gate* decides from the same
+sum, for each image by itself, which *paths* carry the result on: up to scale s-1, keep at s, down to s+1. So every
+image has an architecture of its own, described by its gate activations A(x).
+
+The space is that of Dynamic Routing (Li et al., CVPR 2020); A(x) and its clustering are those of DivDR (section 3).
+In evaluation the work behind closed gates is skipped, image by image; in training everything runs and is masked. Both
+follow the same rules and give the same result. This file needs nothing but torch: copy it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+UP, KEEP, DOWN = 0, 1, 2  # the order of a node's three entries in A; a path leads from scale s to scale s + path - 1
+OPEN = 1e-4  # a path is open where its alpha exceeds this, a node closed where its alphas sum to less
+
+
+class Routes(NamedTuple):
+    """What the gates decided. Row 0 of every field is the init node, the rest are the nodes by layer, then scale."""
+
+    logits: Tensor  # [B, 1 + nodes, 3] before the non-linearity, 0 where a path does not exist or the node is not run
+    alpha: Tensor  # [B, 1 + nodes, 3] in [0, 1): relu(tanh(logits))
+    reached: Tensor  # [B, 1 + nodes] bool: something was delivered to the node, so its gate ran
+
+    @property
+    def A(self) -> Tensor:
+        """Gate activations [B, 3·nodes], per node (up, keep, down); the init node is not part of it."""
+        return self.alpha[:, 1:].flatten(1)
+
+
+class Costs(NamedTuple):
+    """Multiply-adds of one image of one size, part by part (int64, on the CPU). Row 0 is the init node."""
+
+    stem: int
+    cell: Tensor  # [1 + nodes]
+    path: Tensor  # [1 + nodes, 3]
+    gate: Tensor  # [1 + nodes]
+    every_gate: bool  # whether a node's gate is charged also where nothing reaches the node
+
+    @property
+    def budgeted(self) -> int:
+        """C_all of the budget: all cells and paths, open in full."""
+        return int(self.cell.sum() + self.path.sum())
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
+    """Nodes of each layer: 2, 3, 4, 4, …, and `scales` in the last. (16) -> 61 nodes, (17, scales=5) -> 66.
+
+    Raises ValueError where the grid is too shallow for its coarsest scale to be reached.
+    """
+    if scales not in (4, 5) or layers < scales - 1:
+        raise ValueError(f"layers={layers}, scales={scales}: scales is 4 or 5, and layers at least scales - 1")
+    return [min(l + 2, 4) for l in range(layers - 1)] + [scales]
+
+
+def conv_bn(c_in: int, c_out: int, relu: bool = True, **conv) -> list[nn.Module]:
+    """Convolution without bias, batch norm and, unless told otherwise, ReLU."""
+    layers = [nn.Conv2d(c_in, c_out, bias=False, **conv), nn.BatchNorm2d(c_out)]
+    return layers + [nn.ReLU()] if relu else layers
+
+
+def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) -> list[nn.Module]:
+    """Depthwise 3x3 and pointwise 1x1 convolution, then batch norm; no norm between the two."""
+    depthwise = nn.Conv2d(c_in, c_in, 3, stride=stride, padding=1, groups=c_in, bias=False)
+    return [depthwise, *conv_bn(c_in, c_out, relu, kernel_size=1)]
+
+
+class Stem(nn.Sequential):
+    """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution has no padding: 256 -> 127 -> 127 -> 64."""
+
+    def __init__(self, width: int):
+        super().__init__(
+            *conv_bn(3, width, kernel_size=3, stride=2),
+            *separable_conv(width, width),
+            *separable_conv(width, width, stride=2),
+        )
+
+
+class Cell(nn.Module):
+    """Two stacked separable convolutions plus identity, then ReLU; shape is kept."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(*separable_conv(channels, channels), *separable_conv(channels, channels, relu=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + x)
+
+
+class Gate(nn.Module):
+    """[B, C, h, w] -> one logit per existing path, [B, paths], in the order keep, up, down.
+
+    It looks at the node's input. `small` shrinks that to a quarter of its height and width first, to 1 where less
+    than one pixel would be left.
+    """
+
+    def __init__(self, channels: int, paths: int, small: bool):
+        super().__init__()
+        self.small = small
+        self.features = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1))
+        self.decide = nn.Conv2d(channels // 2, paths, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.small:
+            if min(x.shape[-2:]) >= 4:
+                x = F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=False)
+            else:
+                size = [max(n // 4, 1) for n in x.shape[-2:]]
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = F.adaptive_avg_pool2d(self.features(x), 1)
+        return self.decide(x).flatten(1)
+
+
+class Node(nn.Module):
+    """A cell, its gate, and the paths that leave it."""
+
+    def __init__(self, channels: int, up: bool, down: bool, gate: str):
+        super().__init__()
+        self.channels = channels
+        self.cell = Cell(channels)
+        self.up = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1)) if up else None
+        self.down = nn.Sequential(*conv_bn(channels, channels * 2, kernel_size=1)) if down else None
+        self.gate = Gate(channels, 1 + up + down, small=gate == "small")
+
+    @property
+    def paths(self) -> list[int]:
+        """The existing paths, in the order in which A holds them."""
+        return [UP] * (self.up is not None) + [KEEP] + [DOWN] * (self.down is not None)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Gate logits [B, 3] as (up, keep, down), 0 for a path that does not exist."""
+        gate = self.gate(x)
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # half precision is too coarse for OPEN
+        columns = [gate.new_zeros(len(gate))] * 3
+        order = [KEEP] + [path for path in self.paths if path != KEEP]
+        for path, column in zip(order, gate.unbind(1)):
+            columns[path] = column
+        return torch.stack(columns, 1)
+
+    def carry(self, path: int, h: Tensor) -> Tensor:
+        """The cell's output [B, C, h, w] as it arrives at the other end of `path`."""
+        if path == UP:
+            return F.interpolate(self.up(h), scale_factor=2, mode="bilinear", align_corners=False)
+        # The stride of down is taken here: oneDNN's strided 1x1 convolution, in channels_last and with fewer than 8
+        # channels, writes past its buffers (seen with torch 2.15 on a CPU).
+        return self.down(h[..., ::2, ::2]) if path == DOWN else h
+
+
+class RoutedBackbone(nn.Module):
+    """Images [B, 3, H, W] -> (features, A, cost); see `forward`.
+
+    Args:
+        layers: 16 gives the 61 nodes of Layer16, 33 those of Layer33; with `scales=5`, 17 gives the 66 of Layer17.
+        width: channels at stride 4, doubled with every coarser scale; even.
+        gate: "full", or "small": the gate sees its input shrunk to a quarter.
+        scales: nodes of the last layer, 4 (segmentation, strides 4…32) or 5 (detection, strides 4…64).
+
+    Attributes:
+        nodes_per_layer, num_nodes, stride (the coarsest; H and W are multiples of it), channels (per output feature).
+    """
+
+    def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
+        super().__init__()
+        if gate not in ("full", "small"):
+            raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small'")
+        if width < 2 or width % 2:
+            raise ValueError(f"width={width}: the gates halve it, so it must be even")
+        self.width, self.gate = width, gate
+        self.nodes_per_layer = nodes_per_layer(layers, scales)
+        self.num_nodes = sum(self.nodes_per_layer)
+        self.stride = 4 * 2 ** (scales - 1)
+        self.channels = [width * 2**s for s in range(scales)]
+
+        self.stem = Stem(width)
+        self.init = Node(width, up=False, down=True, gate=gate)
+        self.layers = nn.ModuleList()
+        for here, after in zip(self.nodes_per_layer, self.nodes_per_layer[1:] + [0]):  # 0: the last layer only keeps
+            nodes = [Node(width * 2**s, up=s > 0 and after > 0, down=s + 1 < after, gate=gate) for s in range(here)]
+            self.layers.append(nn.ModuleList(nodes))
+        self._costs: dict[tuple, Costs] = {}
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if isinstance(module, Gate):
+                nn.init.constant_(module.decide.bias, 1.5)  # every path starts open, tanh(1.5) = 0.905
+
+    def all_nodes(self) -> list[Node]:
+        """The init node, then the nodes by layer and scale: the rows of `Routes` and `Costs`."""
+        return [self.init] + [node for layer in self.layers for node in layer]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Images [B, 3, H, W] -> features, A, cost.
+
+        features: one tensor [B, width·2^s, H/4/2^s, W/4/2^s] per scale, fine to coarse.
+        A: gate activations [B, 3·nodes] in [0, 1), per node (up, keep, down), 0 where a path does not exist.
+        cost: [B] expected multiply-adds of cells and paths (paper count), differentiable: what the budget loss sees.
+
+        Raises ValueError where H or W is not a multiple of `stride`.
+        """
+        features, routes = self.route(x)
+        return features, routes.A, self.expected_cost(routes, *x.shape[-2:])
+
+    def route(self, x: Tensor, skip: bool | None = None, alpha: Tensor | None = None) -> tuple[list[Tensor], Routes]:
+        """`forward` in full: features and every decision of the gates.
+
+        Args:
+            skip: leave out the work behind closed gates, image by image; by default in evaluation. Costs one host
+                sync per layer.
+            alpha: [B, 1 + nodes, 3], used in place of what the gates say (they run all the same).
+        """
+        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
+            raise ValueError(f"image of {x.shape[-2]}x{x.shape[-1]}: both must be multiples of {self.stride}")
+        skip = not self.training if skip is None else skip
+        run_layer = self._skip_layer if skip else self._mask_layer
+        arrived = [self.stem(x)]
+        reached = torch.ones(len(x), 1, dtype=torch.bool, device="cpu" if skip else x.device)
+        decided, first = [], 0
+        for layer in [[self.init], *self.layers]:
+            forced = None if alpha is None else alpha[:, first : first + len(layer)]
+            arrived, reached_next, logits, activations = run_layer(layer, arrived, reached, forced)
+            decided.append(Routes(logits, activations, reached.to(x.device)))
+            reached, first = reached_next, first + len(layer)
+        return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
+
+    # Both ways of running a layer take what arrived at its nodes (per node [B, C, h, w]), which images it reached
+    # [B, n], and alphas to use instead of the gates' [B, n, 3] or None. Both return what arrives at the next layer,
+    # whom that reaches, and the layer's logits and alphas [B, n, 3].
+
+    def _mask_layer(self, layer, arrived, reached, forced):
+        """Everything runs; what is closed is multiplied by zero. For training, and as the reference."""
+        logits = torch.stack([node.logits(x) for node, x in zip(layer, arrived)], 1) * reached[..., None]
+        alpha = _alpha(logits, layer, reached, forced)
+        closed = alpha.sum(-1) < OPEN  # [B, n]
+        weight = (alpha * (alpha > OPEN)).to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
+
+        following: list = [None] * _count_targets(layer)
+        for s, (node, x) in enumerate(zip(layer, arrived)):
+            h = node.cell(x)
+            for path in node.paths:
+                y = node.carry(path, h) * weight[:, s, path]
+                if path == KEEP:  # a closed node delivers its input
+                    y = y + x * closed[:, s, None, None, None]
+                to = s + path - 1
+                following[to] = y if following[to] is None else following[to] + y
+        return following, _reached_next(layer, reached, closed), logits, alpha
+
+    def _skip_layer(self, layer, arrived, reached, forced):
+        """Only what is open runs, each node and path for its own images: gather, run, scatter."""
+        batch, device, (channels, height, width) = len(reached), arrived[0].device, arrived[0].shape[1:]
+        dtype = torch.promote_types(arrived[0].dtype, torch.float32)
+        logits = torch.zeros(batch, len(layer), 3, device=device, dtype=dtype)
+        for s, node in enumerate(layer):
+            if reached[:, s].any():
+                rows = _rows(reached[:, s], device)
+                logits[rows, s] = node.logits(arrived[s][rows])
+        alpha = _alpha(logits, layer, reached.to(device), forced)
+        host = alpha.detach().cpu()  # the layer's one sync: what runs next depends on these numbers
+        opened, closed = host > OPEN, host.sum(-1) < OPEN
+
+        following: list = [None] * _count_targets(layer)
+        for s, node in enumerate(layer):
+            x, arrived[s] = arrived[s], None  # no later node needs it
+            running = opened[:, s].any(-1)
+            if running.any():
+                h = node.cell(x[_rows(running, device)])
+                for path in node.paths:
+                    if opened[:, s, path].any():
+                        rows = _rows(opened[:, s, path], device)
+                        y = node.carry(path, h[_rows(opened[running, s, path], device)])
+                        y = y * alpha[rows, s, path, None, None, None].to(y.dtype)
+                        _deliver(following, s + path - 1, y, rows, batch)
+            passing = reached[:, s] & closed[:, s]  # a closed node delivers its input
+            if passing.any():
+                rows = _rows(passing, device)
+                _deliver(following, s, x[rows], rows, batch)
+        for s, y in enumerate(following):  # a node may get nothing, or nothing but zeros from closed paths
+            if y is None:
+                following[s] = x.new_zeros(batch, channels * 2**s, height // 2**s, width // 2**s)
+        return following, _reached_next(layer, reached, closed), logits, alpha
+
+    # -------------------------------------------------------------------------------------------- cost
+
+    def costs(self, height: int, width: int, count: str = "paper") -> Costs:
+        """Multiply-adds of every part for one image of `height` x `width` pixels.
+
+        Args:
+            count: "paper", what the published code of Dynamic Routing reports: nominal map sizes, rounded down; every
+                gate, run or not; a ReLU with each path; nothing for the init node's cell and gate and for keep in the
+                last layer. "exact", what this code runs (sizes padded to `stride`). "conv", the convolutions of
+                "exact" alone: half of what `torch.utils.flop_counter` counts.
+        """
+        key = (height, width, count)
+        if key not in self._costs:
+            if count not in ("paper", "exact", "conv"):
+                raise ValueError(f"count={count!r}: known counts are 'paper', 'exact' and 'conv'")
+            self._costs[key] = _count_costs(self, height, width, count)
+        return self._costs[key]
+
+    def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
+        """Multiply-adds [B] of cells and paths (paper count), each weighted by its alpha (a cell: its node's largest)."""
+        costs, alpha = self.costs(height, width), routes.alpha
+        cell, path = costs.cell.to(alpha), costs.path.to(alpha)
+        return (alpha.amax(-1) * cell).sum(1) + (alpha * path).sum((1, 2))
+
+    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
+        """Multiply-adds of each image by part: {"stem", "cells", "paths", "gates"} -> int64 [B], on the CPU."""
+        costs = self.costs(height, width, count)
+        opened = (routes.alpha > OPEN).cpu()
+        gated = torch.ones_like(routes.reached) if costs.every_gate else routes.reached
+        return {
+            "stem": torch.full((len(opened),), costs.stem),
+            "cells": (opened.any(-1) * costs.cell).sum(1),
+            "paths": (opened * costs.path).sum((1, 2)),
+            "gates": (gated.cpu() * costs.gate).sum(1),
+        }
+
+    def open_routes(self) -> Routes:
+        """The routes of one image with everything open, every alpha 1: [1, 1 + nodes, …]."""
+        alpha = torch.stack([_exists(node) for node in self.all_nodes()])[None].float()
+        return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------------------ rules of routing
+
+
+def _exists(node: Node) -> Tensor:
+    """[3] bool: which of up, keep and down the node has."""
+    return torch.tensor([path in node.paths for path in (UP, KEEP, DOWN)])
+
+
+def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None) -> Tensor:
+    """Logits [B, n, 3] -> alpha = relu(tanh(logits)), 0 for what is not reached; or `forced`, under the same rules."""
+    if forced is None:
+        return F.relu(torch.tanh(logits)) * reached[..., None]
+    return forced * torch.stack([_exists(node) for node in layer]).to(forced) * reached[..., None]
+
+
+def _count_targets(layer) -> int:
+    """How many nodes the next layer has, as far as this one leads to them; the last layer keeps, to the outputs."""
+    return max(s + path for s, node in enumerate(layer) for path in node.paths)
+
+
+def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
+    """[B, n] -> [B, n_next]: an open node delivers along each of its paths, a closed one along keep alone."""
+    following = reached.new_zeros(len(reached), _count_targets(layer))
+    for s, node in enumerate(layer):
+        for path in node.paths:
+            following[:, s + path - 1] |= reached[:, s] if path == KEEP else reached[:, s] & ~closed[:, s]
+    return following
+
+
+def _rows(mask: Tensor, device) -> Tensor | slice:
+    """The images that a CPU mask [B] selects, as an index; all of them as a slice, which copies nothing."""
+    return slice(None) if mask.all() else mask.nonzero().flatten().to(device)
+
+
+def _deliver(following: list, to: int, y: Tensor, rows: Tensor | slice, batch: int) -> None:
+    """Adds y, which belongs to the images `rows`, to what node `to` of the next layer gets."""
+    if isinstance(rows, slice):
+        following[to] = y if following[to] is None else following[to] + y
+    else:
+        start = y.new_zeros(batch, *y.shape[1:]) if following[to] is None else following[to]
+        following[to] = start.index_add(0, rows, y)
+
+
+def pad_to_stride(images: Tensor, stride: int) -> Tensor:
+    """Pads [B, C, H, W] with zeros at the right and at the bottom to multiples of `stride`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % stride, 0, -height % stride))
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def conv_cost(c_in: int, c_out: int, h: int, w: int, k: int = 1, groups: int = 1) -> int:
+    """Multiply-adds of a k x k convolution with an output map of h x w."""
+    return k * k * (c_in // groups) * c_out * h * w
+
+
+def _count_costs(backbone: RoutedBackbone, height: int, width: int, count: str) -> Costs:
+    """The table behind `RoutedBackbone.costs`."""
+    paper, C = count == "paper", backbone.width
+    once = 0 if count == "conv" else 1  # per element: ReLU and pooling 1, batch norm 2
+    if paper:
+        halved = (height // 2, width // 2)
+        quartered = (halved[0] // 2, halved[1] // 2)
+    else:
+        padded = [n + -n % backbone.stride for n in (height, width)]
+        halved = tuple((n - 3) // 2 + 1 for n in padded)  # the first convolution is not padded
+        quartered = tuple(n // 4 for n in padded)
+
+    def norm_relu(channels, h, w, relu=1):
+        return once * (2 + relu) * channels * h * w
+
+    stem = conv_cost(3, C, *halved, k=3) + norm_relu(C, *halved)
+    for size in (halved, quartered):
+        stem += conv_cost(C, C, *size, k=3, groups=C) + conv_cost(C, C, *size) + norm_relu(C, *size)
+
+    cells, paths, gates = [], [], []
+    for node in backbone.all_nodes():
+        c, scale = node.channels, node.channels // C
+        h, w = quartered[0] // scale, quartered[1] // scale
+        h_gate, w_gate = (max(h // 4, 1), max(w // 4, 1)) if node.gate.small else (h, w)
+        relu = once * c * h * w  # published: one with each path; here: one, in the cell
+        cell = 2 * (conv_cost(c, c, h, w, k=3, groups=c) + conv_cost(c, c, h, w)) + norm_relu(c, h, w)
+        cell += norm_relu(c, h, w, relu=0) + (0 if paper else relu)
+        up = conv_cost(c, c // 2, h, w) + norm_relu(c // 2, h, w)
+        down = conv_cost(c, c * 2, h // 2, w // 2) + norm_relu(c * 2, h // 2, w // 2)
+        path = (torch.tensor([up, 0, down]) + (relu if paper else 0)) * _exists(node)
+        gate = conv_cost(c, c // 2, h_gate, w_gate) + norm_relu(c // 2, h_gate, w_gate)
+        gate += once * c // 2 * h_gate * w_gate + c // 2 * len(node.paths)
+        if paper and node is backbone.init:
+            cell = gate = 0
+        if paper and node in list(backbone.layers[-1]):
+            path = path * 0
+        cells.append(cell), paths.append(path), gates.append(gate)
+    return Costs(stem, torch.tensor(cells), torch.stack(paths), torch.tensor(gates), every_gate=paper)

@@ -1,0 +1,1380 @@
+"""The test suite: `python -m pytest -q test_smoke.py`, a few minutes on two cores."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+
+import data
+import evaluate
+import flops
+import kmeans
+import losses
+import model
+import routing
+import train_seg
+
+HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def run(*command, cwd=HERE, **env):
+    """A command of the project as a person runs it -> (exit status, stdout, stderr)."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    return result.returncode, result.stdout, result.stderr
+
+
+# ============ routing: structure ============
+
+
+def test_parameters_nodes_and_gates():
+    network = model.build_model("dr-raw", "segmentation", 19)
+    below = sum(p.numel() for p in network.backbone.parameters())
+    head = sum(p.numel() for p in network.head.parameters())
+    assert (below, head) == (17_596_853, 188_115)
+    backbone = network.backbone
+    assert backbone.num_nodes == 61
+    features, A, cost = routing.RoutedBackbone(16, 2, "small").eval()(torch.zeros(1, 3, 64, 96))
+    assert A.shape == (1, 183) and cost.shape == (1,)
+    assert [tuple(f.shape[1:]) for f in features] == [(2, 16, 24), (4, 8, 12), (8, 4, 6), (16, 2, 3)]
+    gates = sum(node.gate.decide.out_channels for layer in backbone.layers for node in layer)
+    assert gates == 147
+    assert routing.nodes_per_layer(16) == [2, 3] + [4] * 14
+    assert sum(routing.nodes_per_layer(17, scales=5)) == 66 and routing.nodes_per_layer(17, scales=5)[-1] == 5
+    assert sum(p.numel() for p in routing.RoutedBackbone(33).parameters()) == 38_683_551
+
+
+def test_backbone_refuses_what_it_cannot_build_or_run():
+    for arguments in (dict(layers=2), dict(width=7), dict(gate="tiny"), dict(scales=6)):
+        with pytest.raises(ValueError):
+            routing.RoutedBackbone(**{"width": 4, **arguments})
+    with pytest.raises(ValueError, match="multiples of 32"):
+        routing.RoutedBackbone(4, 4)(torch.zeros(1, 3, 48, 64))
+
+
+def test_A_lists_up_keep_down_of_existing_paths_and_gates_start_open():
+    backbone = routing.RoutedBackbone(4, 4).eval()
+    for module in backbone.modules():
+        if isinstance(module, routing.Gate):
+            torch.nn.init.zeros_(module.decide.weight)
+    _, A, _ = backbone(torch.rand(2, 3, 64, 64))
+    entries = A[0].view(-1, 3)
+    initial = math.tanh(1.5)
+    first, last = entries[0].tolist(), entries[-1].tolist()
+    assert first == pytest.approx([0, initial, initial])  # scale 0: no up
+    assert last == pytest.approx([0, initial, 0])  # last layer: keep only
+    assert entries[2 + 3 - 1].tolist() == pytest.approx([initial] * 3)  # layer 1, scale 2 of 3: all
+
+
+# ============ routing: routes ============
+
+
+def reference_routes(backbone, image, alphas):
+    """One image through the rules of SPEC-style routing, node by node with plain Python: features, gates that ran,
+    cells that ran. `alphas[row]` are (up, keep, down) of node `row`, the init node first."""
+    rows = iter(range(1 + backbone.num_nodes))
+    arrived, gates, cells = {0: backbone.stem(image)}, set(), set()
+    for layer in [[backbone.init], *backbone.layers]:
+        following = {}
+        for s, node in enumerate(layer):
+            row = next(rows)
+            if s not in arrived:
+                continue
+            gates.add(row)
+            x = arrived[s]
+            names = {"up": 0, "keep": 1, "down": 2}
+            exists = {"up": node.up is not None, "keep": True, "down": node.down is not None}
+            alpha = {name: float(alphas[row, names[name]]) if exists[name] else 0.0 for name in names}
+            if sum(alpha.values()) < 1e-4:
+                following.setdefault(s, []).append(x)
+                continue
+            h = torch.relu(node.cell.body(x) + x)
+            if max(alpha.values()) > 1e-4:
+                cells.add(row)
+            shift = {"up": -1, "keep": 0, "down": 1}
+            for name in names:
+                if exists[name]:
+                    y = {"up": node.up, "keep": torch.nn.Identity(), "down": node.down}[name](h[..., ::2, ::2] if name == "down" else h)
+                    if name == "up":
+                        y = torch.nn.functional.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+                    following.setdefault(s + shift[name], []).append(alpha[name] * y * (alpha[name] > 1e-4))
+        arrived = {s: sum(ys) for s, ys in following.items()}
+    return arrived, gates, cells
+
+
+def random_alphas(batch, nodes, generator):
+    """Mixed routes: about half the paths closed, a quarter of the nodes closed altogether."""
+    alpha = torch.rand(batch, 1 + nodes, 3, generator=generator)
+    alpha = alpha * (torch.rand(alpha.shape, generator=generator) < 0.5)
+    return alpha * (torch.rand(batch, 1 + nodes, 1, generator=generator) < 0.75)
+
+
+def warmed_backbone(layers=6, width=8, gate="full", scales=4):
+    """A backbone whose batch norms have seen data, so that no statistic is trivial."""
+    torch.manual_seed(0)
+    backbone = routing.RoutedBackbone(layers, width, gate, scales)
+    for _ in range(3):
+        backbone(torch.randn(4, 3, 64, 128))
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("gate", ["full", "small"])
+@torch.no_grad()
+def test_skipped_masked_and_plainly_written_routes_agree(gate):
+    backbone = warmed_backbone(gate=gate).double()  # in float64 any difference is one of the rules
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(6, 3, 64, 128, generator=generator).double()
+    alphas = random_alphas(6, backbone.num_nodes, generator).double()
+    alphas[0] = 0  # every gate closed: the stem's output arrives unchanged
+    alphas[1, 0] = torch.tensor([0.0, 0.5, 0.0])  # init keeps only: zeros are delivered below
+    alphas[2, 0] = 0  # init closed: nothing is delivered below it
+    alphas[3, :, :] = 0.7
+    alphas[4, 5] = 5e-5  # a node that is not closed (the sum) and has no open path
+    skipped, routes = backbone.route(images, skip=True, alpha=alphas)
+    masked, routes_masked = backbone.route(images, skip=False, alpha=alphas)
+    assert torch.equal(routes.reached, routes_masked.reached)
+    torch.testing.assert_close(routes.alpha, routes_masked.alpha, atol=0, rtol=0)
+    assert not routes.reached.all() and (routes.alpha[2, 2] == 0).all() and not routes.reached[2, 2]
+    costs = backbone.costs(64, 128, "exact")
+    for i in range(len(images)):
+        expected, gates, cells = reference_routes(backbone, images[i : i + 1], alphas[i])
+        for s, (a, b) in enumerate(zip(skipped, masked)):
+            want = expected[s][0] if s in expected else torch.zeros_like(a[i])
+            torch.testing.assert_close(a[i], want, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(b[i], want, atol=1e-10, rtol=1e-10)
+        assert set(routes.reached[i].nonzero().flatten().tolist()) == gates
+        real = backbone.real_cost(routes, 64, 128, "exact")
+        assert real["gates"][i] == sum(costs.gate[row] for row in gates)
+        assert real["cells"][i] == sum(costs.cell[row] for row in cells)
+    torch.testing.assert_close(skipped[0][0], backbone.stem(images[:1])[0], atol=1e-5, rtol=1e-5)
+    assert all((f[0] == 0).all() for f in skipped[1:])
+
+
+@torch.no_grad()
+def let_gates_decide(network):
+    """Gates whose decision depends on the image: about half the paths get closed."""
+    for module in network.modules():
+        if isinstance(module, routing.Gate):
+            module.decide.weight.mul_(3)
+            module.decide.bias.normal_()
+
+
+@pytest.mark.parametrize("gate", ["full", "small"])
+@torch.no_grad()
+def test_an_image_takes_its_route_whatever_else_is_in_the_batch(gate):
+    backbone = warmed_backbone(gate=gate).double()
+    let_gates_decide(backbone)
+    images = torch.randn(5, 3, 64, 64).double() * torch.linspace(0.3, 3, 5)[:, None, None, None]
+    masked, together = backbone.route(images, skip=False)
+    skipped, routes = backbone.route(images)
+    A = routes.A
+    assert 0.1 < (A > 0).float().mean() < 0.75 and (A.std(0) > 0).any()  # routes differ between the images
+    torch.testing.assert_close(together.alpha, routes.alpha, atol=1e-10, rtol=0)
+    for i in range(len(images)):
+        alone, route = backbone.route(images[i : i + 1])
+        torch.testing.assert_close(route.A[0], A[i], atol=1e-10, rtol=0)
+        for a, b, c in zip(alone, skipped, masked):
+            torch.testing.assert_close(a[0], b[i], atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(a[0], c[i], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("gate", ["full", "small"])
+@torch.no_grad()
+def test_logits_of_the_published_depth_agree_in_float32(gate):
+    torch.manual_seed(0)
+    network = model.build_model("divdr-raw", "segmentation", 19, width=8, gate=gate)
+    let_gates_decide(network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # plain average over the next batches: activations of the usual size
+    for _ in range(3):
+        network(torch.randn(4, 3, 64, 128))
+    images = torch.randn(6, 3, 60, 120)
+    skipped, masked = network.eval()(images), network(images, skip=False)
+    assert 0.1 < (skipped.A > 0).float().mean() < 0.75
+    torch.testing.assert_close(skipped.A, masked.A, atol=1e-5, rtol=0)
+    scale = masked.logits.abs().max().item()
+    torch.testing.assert_close(skipped.logits / scale, masked.logits / scale, atol=1e-5, rtol=0)
+
+
+def test_training_mode_closes_nodes_and_passes_gradients():
+    backbone = routing.RoutedBackbone(4, 4)
+    images = torch.randn(4, 3, 64, 64)
+    features, A, cost = backbone(images)
+    (sum(f.sum() for f in features) + A.sum() + cost.sum() / 1e6).backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    with torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, routing.Gate):
+                module.decide.weight.zero_()
+                module.decide.bias.fill_(-1.0)
+        features, A, cost = backbone(images)
+        torch.testing.assert_close(features[0], backbone.stem(images))  # identity, in training too
+    assert (A == 0).all() and (cost == 0).all()
+
+
+# ============ cost ============
+
+
+def published_count(nodes, C, height, width, classes, small, scales=4):
+    """The published accounting written out once more, loop by loop, in multiply-adds: stem, cells, paths, gates, head."""
+    conv = lambda ci, co, h, w, k=1, g=1: k * k * ci // g * co * h * w
+    bn_relu = lambda c, h, w: 3 * c * h * w
+    H, W = height // 2, width // 2
+    stem = conv(3, C, H, W, 3) + bn_relu(C, H, W)
+    stem += conv(C, C, H, W, 3, C) + conv(C, C, H, W) + bn_relu(C, H, W)
+    H, W = H // 2, W // 2
+    stem += conv(C, C, H, W, 3, C) + conv(C, C, H, W) + bn_relu(C, H, W)
+    cells = gates = 0
+    paths = C * H * W  # the init node's keep: one ReLU
+    paths += C * H * W + conv(C, 2 * C, H // 2, W // 2) + bn_relu(2 * C, H // 2, W // 2)
+    for l, n in enumerate(nodes):
+        for s in range(n):
+            c, h, w = C * 2**s, H // 2**s, W // 2**s
+            cells += 2 * conv(c, c, h, w, 3, c) + 2 * conv(c, c, h, w) + 5 * c * h * w
+            ways = 1
+            if l + 1 < len(nodes):
+                paths += c * h * w
+                if s > 0:
+                    ways += 1
+                    paths += c * h * w + conv(c, c // 2, h, w) + bn_relu(c // 2, h, w)
+                if s + 1 < nodes[l + 1]:
+                    ways += 1
+                    paths += c * h * w + conv(c, 2 * c, h // 2, w // 2) + bn_relu(2 * c, h // 2, w // 2)
+            gh, gw = (h // 4, w // 4) if small else (h, w)
+            gates += conv(c, c // 2, gh, gw) + 4 * (c // 2) * gh * gw + c // 2 * ways
+    head = 0
+    if classes:
+        head = conv(C, classes, H, H, 3)
+        for s in range(scales):
+            c, h = C * 2**s, H // 2**s
+            out = c if s == 0 else c // 2
+            head += conv(c, out, h, h) + bn_relu(out, h, h)
+    return stem, cells, paths, gates, head
+
+
+PUBLISHED_G = [  # layers, scales, classes, height, width, full gate, small gate: G multiply-adds, everything open
+    (16, 4, 19, 1024, 2048, 118.085, 102.270),
+    (16, 4, 19, 768, 768, 33.607, 29.159),
+    (33, 4, 19, 1024, 2048, 244.622, None),
+    (17, 5, None, 800, 800, 38.336, 33.110),
+]
+
+
+@pytest.mark.parametrize("layers, scales, classes, height, width, full, small", PUBLISHED_G)
+def test_published_flops(layers, scales, classes, height, width, full, small):
+    for gate, published in (("full", full), ("small", small)):
+        ours = flops.open_cost(layers, scales, classes, height, width, gate, "paper")
+        nodes = routing.nodes_per_layer(layers, scales)
+        assert ours == sum(published_count(nodes, 64, height, width, classes, gate == "small"))
+        if published is not None:
+            assert round(ours / 1e9, 3) == published
+
+
+def test_published_parts_and_budget():
+    network = model.build_model("dr-raw", "segmentation", 19)
+    parts = network.real_cost(network.backbone.open_routes(), 1024, 2048)
+    millions = {part: round(cost.item() / 1e6, 3) for part, cost in parts.items()}
+    assert millions == {"stem": 4194.304, "cells": 71189.922, "paths": 24425.005, "gates": 16869.507, "head": 1406.403}
+    assert round(network.head.cost(1024, 2048, "exact") / 1e6, 3) == 2812.805
+    assert round(network.budgeted_cost(768, 768) / 1e6, 1) == 26891.7
+
+
+@pytest.mark.parametrize("gate", ["full", "small"])
+@torch.no_grad()
+def test_exact_convolutions_equal_torchs_flop_counter(gate):
+    torch.manual_seed(2)
+    network = model.RoutedSegmenter(5, layers=5, width=8, gate=gate).eval()
+    generator = torch.Generator().manual_seed(3)
+    alphas = random_alphas(8, network.backbone.num_nodes, generator)
+    alphas[0], alphas[1] = 1, 0
+    for alpha in alphas:  # padded from 90 x 120 to 96 x 128
+        with FlopCounterMode(display=False) as counter:
+            image = routing.pad_to_stride(torch.randn(1, 3, 90, 120), 32)
+            features, routes = network.backbone.route(image, alpha=alpha[None])
+            network.head(features)
+        ours = sum(network.real_cost(routes, 90, 120, "conv").values()).item()
+        assert counter.get_total_flops() == 2 * ours
+
+
+@torch.no_grad()
+def test_expected_cost_equals_real_cost_for_alphas_of_0_and_1():
+    backbone = routing.RoutedBackbone(5, 4).eval()
+    generator = torch.Generator().manual_seed(4)
+    alphas = (random_alphas(4, backbone.num_nodes, generator) > 0).float()
+    alphas[0] = 1
+    _, routes = backbone.route(torch.randn(4, 3, 64, 96), alpha=alphas)
+    real = backbone.real_cost(routes, 64, 96)
+    expected = backbone.expected_cost(routes, 64, 96)
+    torch.testing.assert_close(expected.double(), (real["cells"] + real["paths"]).double(), rtol=1e-6, atol=0)
+    assert expected[0].item() == pytest.approx(backbone.costs(64, 96).budgeted, rel=1e-6)
+
+
+@torch.no_grad()
+def test_static_baseline_counts_what_runs():
+    network = model.build_model("deeplabv3-r101", "segmentation", 3)
+    with FlopCounterMode(display=False) as counter:
+        out = network.eval()(torch.zeros(1, 3, 64, 96))
+    assert out.logits.shape == (1, 3, 64, 96) and out.A.shape == (1, 0)
+    assert network.real_cost(None, 64, 96, "conv")["network"].item() * 2 == counter.get_total_flops()
+    small = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.AdaptiveAvgPool2d(1))
+    convolution, elements = 27 * 4 * 64, 4 * 64  # 10x10 -> 8x8 -> 4x4
+    assert model.count_multiply_adds(small.eval(), torch.zeros(1, 3, 10, 10)) == convolution + 3 * elements + 64 + 64
+
+
+# ============ losses ============
+
+
+def clustering_loss_by_hand(A, centers, sigma2, margin, own=None):
+    """Equation (2) in plain Python."""
+    terms = []
+    for b, a in enumerate(A.tolist()):
+        d = [math.sqrt(sum((p - q) ** 2 for p, q in zip(a, mu))) for mu in centers.tolist()]
+        k = d.index(min(d)) if own is None else own[b]
+        others = math.log(sum(math.exp(-d[j] / (2 * sigma2)) for j in range(len(d)) if j != k))
+        terms.append(max(0.0, margin + d[k] / (2 * sigma2) + others))
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("B,K,D,var,margin", [(5, 2, 3, 0.4, 1.0), (7, 4, 20, 0.7, 5.0), (1, 3, 1, 0.2, 0.0), (6, 8, 183, 2.0, 1.0)])
+def test_clustering_loss_is_equation_2(B, K, D, var, margin):
+    g = torch.Generator().manual_seed(B * K)
+    A, centers = torch.rand(B, D, generator=g).double(), torch.rand(K, D, generator=g).double()
+    want = clustering_loss_by_hand(A, centers, var, margin)
+    assert losses.clustering_loss(A, centers, var, margin).item() == pytest.approx(want, rel=1e-12, abs=1e-14)
+    assert losses.clustering_loss(A, centers, torch.tensor(var), margin).item() == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert losses.clustering_loss(A.float(), centers.float(), var, margin).item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    own = torch.randint(K, (B,), generator=g)
+    want = clustering_loss_by_hand(A, centers, var, margin, own.tolist())
+    assert losses.clustering_loss(A, centers, var, margin, own=own).item() == pytest.approx(want, rel=1e-12)
+
+
+def test_clustering_loss_gradient():
+    g = torch.Generator().manual_seed(0)
+    centers = torch.rand(4, 6, generator=g).double()
+    A = torch.rand(5, 6, generator=g).double()
+    A[1] = centers[2]  # exactly on a centre
+    A.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: losses.clustering_loss(a, centers, 0.5, 5.0), (A,))
+    centers[3] = centers[0]  # two centres at one place
+    own = torch.tensor([0, 3, 1, 2, 0])
+    assert torch.autograd.gradcheck(lambda a: losses.clustering_loss(a, centers, 0.5, 5.0), (A,))
+    assert torch.autograd.gradcheck(lambda a: losses.clustering_loss(a, centers, 0.5, 9.0, own=own), (A,))
+    on_both = centers[:1].clone().requires_grad_()  # on two coinciding centres at once
+    losses.clustering_loss(on_both, centers, 0.5, 5.0).backward()
+    assert on_both.grad.isfinite().all()
+
+
+def test_clustering_loss_edges():
+    A, centers = torch.rand(3, 4), torch.rand(3, 4)
+    with pytest.raises(ValueError, match="K >= 2"):
+        losses.clustering_loss(A, centers[:1], 0.5, 1.0)
+    for bad in [
+        lambda: losses.clustering_loss(A[0], centers, 0.5, 1.0),
+        lambda: losses.clustering_loss(A[:0], centers, 0.5, 1.0),
+        lambda: losses.clustering_loss(A[:, :3], centers, 0.5, 1.0),
+        lambda: losses.clustering_loss(A, centers, torch.ones(3), 1.0),
+        lambda: losses.clustering_loss(A, centers, 0.5, -1.0),
+        lambda: losses.clustering_loss(A, centers, 0.5, 1.0, own=torch.zeros(2, dtype=torch.long)),
+    ]:
+        with pytest.raises(ValueError):
+            bad()
+    # The floor, for floats and tensors, and at another value.
+    at_floor = losses.clustering_loss(A, centers, losses.SIGMA2_FLOOR, 1.0)
+    assert at_floor.isfinite()
+    assert torch.equal(losses.clustering_loss(A, centers, 0.0, 1.0), at_floor)
+    assert torch.allclose(losses.clustering_loss(A, centers, torch.tensor(0.0), 1.0), at_floor)
+    want = losses.clustering_loss(A, centers, 0.3, 1.0)
+    assert torch.equal(losses.clustering_loss(A, centers, 0.0, 1.0, sigma2_floor=0.3), want)
+    # 1 / (2 sigma2) = 5e11: exp(-distance / ...) is 0 for every other centre, its logarithm is not.
+    B = A.clone().requires_grad_()
+    loss = losses.clustering_loss(B, centers, 1e-12, 1.0, own=torch.tensor([0, 1, 2]), sigma2_floor=0.0)
+    loss.backward()
+    assert loss.isfinite() and B.grad.isfinite().all()
+    # Half precision is worked on in float32; centres and sigma2 are constants.
+    mu, var = centers.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = losses.clustering_loss(A.bfloat16().requires_grad_(), mu, var, 1.0)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, losses.clustering_loss(A.bfloat16().float(), centers, 0.5, 1.0))
+    half.backward()
+    assert mu.grad is None and var.grad is None
+    # A tie goes to the first centre.
+    middle, pair = torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [3.0, 0.0]])
+    first = losses.clustering_loss(middle, pair, 0.5, 1.0, own=torch.tensor([0]))
+    assert torch.equal(losses.clustering_loss(middle, pair, 0.5, 1.0), first)
+
+
+def test_cost_loss_and_ramp():
+    cost = torch.tensor([2.0, 5.0, 11.0], dtype=torch.float64, requires_grad=True)
+    loss = losses.cost_loss(cost, 20.0, 0.1)
+    assert loss.item() == pytest.approx((6 / 20 - 0.1) ** 2)
+    loss.backward()
+    assert torch.allclose(cost.grad, torch.full((3,), 2 * (6 / 20 - 0.1) / (20 * 3), dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda c: losses.cost_loss(c, torch.tensor(20.0).double(), 0.1), (cost,))
+    assert losses.cost_loss(torch.full((2,), 5e4).half(), 1e5, 0.2).item() == pytest.approx(0.09, rel=2e-3)  # 5e4 + 5e4 is inf in half
+    for bad in [lambda: losses.cost_loss(cost, 1.0, 1.5), lambda: losses.cost_loss(cost.mean(), 1.0, 0.5), lambda: losses.cost_loss(cost[:0], 1.0, 0.5)]:
+        with pytest.raises(ValueError):
+            bad()
+    values = [losses.budget_ramp(p) for p in (0.0, 0.39, 0.4, 0.41, 0.42, 0.43, 1.0)]
+    assert values == pytest.approx([0, 0, 0, 0.5, 1, 1, 1])
+    assert losses.budget_ramp(0.25, start=0.0, length=0.5) == 0.5
+    assert [losses.budget_ramp(p, 0.4, 0.0) for p in (0.39, 0.4)] == [0, 1]
+
+
+# ============ K-means ============
+
+
+def lloyd_by_hand(x, centers, max_iter=100):
+    """Lloyd's algorithm in numpy, float64, for starts that leave no cluster empty."""
+    x, centers = x.astype(np.float64), centers.astype(np.float64)
+    labels = None
+    for _ in range(max_iter):
+        new = np.array([((row - centers) ** 2).sum(1).argmin() for row in x])
+        if labels is not None and (new == labels).all():
+            break
+        labels = new
+        centers = np.stack([x[labels == j].mean(0) for j in range(len(centers))])
+    distances = np.stack([((x - c) ** 2).sum(1) for c in centers], 1)
+    return centers, distances.argmin(1), distances.min(1).sum()
+
+
+def blobs(n, d, k, seed=0, spread=0.1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(k, d, generator=g)[torch.randint(k, (n,), generator=g)] + spread * torch.randn(n, d, generator=g)
+
+
+@pytest.mark.parametrize(
+    "n,d,k,offset", [(50, 2, 3, 0), (400, 7, 4, 0), (300, 183, 5, 0), (5000, 20, 8, 0), (30, 1, 2, 0), (400, 7, 4, 1000)]
+)
+@pytest.mark.parametrize("max_iter", [1, 3, 100])
+def test_kmeans_is_lloyd(n, d, k, offset, max_iter):
+    x = blobs(n, d, k, seed=n) + offset
+    init = x[torch.linspace(0, n - 1, k).long()]
+    centers, labels, inertia = kmeans.kmeans(x, k, init=init, max_iter=max_iter)
+    want_centers, want_labels, want_inertia = lloyd_by_hand(x.numpy(), init.numpy(), max_iter)
+    assert centers.dtype == torch.float32 and labels.dtype == torch.int64 and isinstance(inertia, float)
+    np.testing.assert_allclose(centers.numpy(), want_centers, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(labels.numpy(), want_labels)
+    assert inertia == pytest.approx(want_inertia, rel=2e-4 if offset else 1e-5)
+    x, init = x.double(), init.double()
+    centers, labels, inertia = kmeans.kmeans(x, k, init=init, max_iter=max_iter)
+    np.testing.assert_allclose(centers.numpy(), want_centers, rtol=1e-11, atol=1e-11)
+    np.testing.assert_array_equal(labels.numpy(), want_labels)
+    assert inertia == pytest.approx(want_inertia, rel=1e-10)
+
+
+def test_kmeans_start_and_seed():
+    x = blobs(600, 10, 4, spread=0.02)
+    first, again = kmeans.kmeans(x, 4, seed=3), kmeans.kmeans(x, 4, seed=3)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and first[2] == again[2]
+    best = lloyd_by_hand(x.numpy(), torch.stack([x[first[1] == j].mean(0) for j in range(4)]).numpy())[2]
+    for seed in range(10):  # four clear clouds: greedy K-means++ finds them from any seed
+        assert kmeans.kmeans(x, 4, seed=seed)[2] == pytest.approx(best, rel=1e-4)
+    drawn = torch.stack([kmeans._plus_plus(x, 4, seed, None) for seed in range(3)])
+    assert (drawn[:, :, None] == x).all(-1).any(-1).all()  # centres start on samples
+    assert not torch.equal(drawn[0], drawn[1])
+    warm = kmeans.kmeans(x, 4, init=first[0], max_iter=1)  # converged: nothing moves
+    torch.testing.assert_close(warm[0], first[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(kmeans.kmeans(x, 4, seed=3)[0], first[0])
+    assert kmeans.kmeans(x.half(), 4)[0].dtype == torch.float32
+    leaf = x.clone().requires_grad_()
+    assert not kmeans.kmeans(leaf, 4)[0].requires_grad
+
+
+def test_kmeans_small_cases():
+    x = blobs(100, 5, 3)
+    centers, labels, inertia = kmeans.kmeans(x, 1)
+    torch.testing.assert_close(centers[0], x.mean(0))
+    assert (labels == 0).all() and inertia == pytest.approx(((x - x.mean(0)) ** 2).sum().item(), rel=1e-5)
+    centers, labels, inertia = kmeans.kmeans(x[:3], 3)  # each sample its own cluster
+    assert inertia == 0 and sorted(labels.tolist()) == [0, 1, 2] and torch.equal(centers[labels], x[:3])
+    for bad in [
+        lambda: kmeans.kmeans(x[:2], 3),
+        lambda: kmeans.kmeans(x[:0], 1),
+        lambda: kmeans.kmeans(x, 0),
+        lambda: kmeans.kmeans(x, 2, max_iter=0),
+        lambda: kmeans.kmeans(x, 2, init=x[:3]),
+        lambda: kmeans.kmeans(x[0], 1),
+        lambda: kmeans.kmeans(x.long(), 2),
+        lambda: kmeans.kmeans(x, 2, init=torch.full((2, 5), torch.nan)),
+    ]:
+        with pytest.raises(ValueError):
+            bad()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        y = x.clone()
+        y[7, 2] = value
+        with pytest.raises(ValueError, match="NaN or inf"):
+            kmeans.kmeans(y, 2)
+
+
+def test_empty_clusters_take_the_farthest_samples():
+    # Own centre after the update: 10 / 6 for cluster 0. Farthest from it 6, then 0; cluster 1 holds one sample.
+    x = torch.tensor([[0.0], [0.0], [0.0], [4.0], [6.0], [0.0], [100.0]])
+    init = torch.tensor([[1.0], [100.0], [900.0], [-900.0]])
+    centers, labels, _ = kmeans.kmeans(x, 4, init=init, max_iter=1)
+    torch.testing.assert_close(centers, torch.tensor([[10 / 6], [100.0], [6.0], [4.0]]))
+    assert labels.tolist() == [0, 0, 0, 3, 2, 0, 1]
+    # The farthest sample twice: the second empty cluster takes another place.
+    x = torch.tensor([[0.0], [0.0], [0.0], [0.0], [8.0], [8.0], [-1.0]])
+    init = torch.tensor([[0.0], [900.0], [901.0]])
+    centers, labels, _ = kmeans.kmeans(x, 3, init=init, max_iter=1)
+    torch.testing.assert_close(centers, torch.tensor([[15 / 7], [8.0], [-1.0]]))
+    centers, labels, inertia = kmeans.kmeans(x, 3, init=init)
+    assert inertia == 0 and sorted(torch.bincount(labels).tolist()) == [1, 2, 4]
+    # Run to the end, no cluster is empty while there are samples enough.
+    x = blobs(200, 3, 5)
+    init = torch.cat([x[:1], torch.full((4, 3), 50.0)])
+    assert torch.bincount(kmeans.kmeans(x, 5, init=init)[1], minlength=5).min() > 0
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3])
+def test_fewer_distinct_samples_than_clusters(distinct):
+    places = torch.rand(distinct, 4, generator=torch.Generator().manual_seed(1))
+    x = places.repeat(10, 1)
+    for init in (None, x[:5], torch.full((5, 4), 9.0)):
+        centers, labels, inertia = kmeans.kmeans(x, 5, init=init)
+        sizes = torch.bincount(labels, minlength=5)
+        assert centers.isfinite().all() and inertia == pytest.approx(0, abs=1e-10)
+        assert torch.cdist(centers, places, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-6
+        assert (sizes > 0).sum() == distinct and sizes.sum() == len(x)
+
+
+def test_assign():
+    x, centers = torch.rand(50, 6), torch.rand(3, 6)
+    labels, distances = kmeans.assign(x, centers)
+    all_distances = (x[:, None] - centers).norm(dim=2)
+    assert torch.equal(labels, all_distances.argmin(1))
+    torch.testing.assert_close(distances, all_distances.min(1).values)
+    labels, distances = kmeans.assign(centers[[2, 0]], torch.cat([centers, centers]))  # ties: the first
+    assert labels.tolist() == [2, 0] and distances.tolist() == [0, 0]
+    with pytest.raises(ValueError):
+        kmeans.assign(x, centers[:, :5])
+
+
+def inter_intra_by_hand(A, labels, centers):
+    def mean(points):
+        pairs = [math.dist(p, q) for i, p in enumerate(points) for q in points[:i]]
+        return sum(pairs) / len(pairs)
+
+    clusters = [[a for a, label in zip(A.tolist(), labels.tolist()) if label == j] for j in range(len(centers))]
+    intra = [mean(points) for points in clusters if len(points) > 1]
+    return mean(centers.tolist()), sum(intra) / len(intra)
+
+
+def test_inter_intra():
+    A, centers = torch.rand(90, 5), torch.rand(5, 5)
+    labels = torch.randint(3, (90,))
+    labels[0] = 3  # one sample: no pair; cluster 4 is empty
+    assert kmeans.inter_intra(A, labels, centers) == pytest.approx(inter_intra_by_hand(A, labels, centers), rel=1e-5)
+    assert kmeans.inter_intra(A, labels, centers, max_samples=1000) == kmeans.inter_intra(A, labels, centers)
+    zeros = torch.zeros(90, dtype=torch.long)
+    spaced = A[[0, 22, 45, 67]]  # floor(i · 90 / 4)
+    some = kmeans.inter_intra(A, zeros, centers[:1], max_samples=4)
+    assert some == (0.0, pytest.approx(torch.pdist(spaced).mean().item(), rel=1e-5))
+    assert kmeans.inter_intra(A[:3], torch.arange(3), centers)[1] == 0.0
+    big = torch.rand(6000, 3)  # more than one block
+    got = kmeans.inter_intra(big, torch.zeros(6000, dtype=torch.long), centers[:, :3])[1]
+    assert got == pytest.approx(torch.pdist(big.double()).mean().item(), rel=1e-5)
+    for bad in [lambda: kmeans.inter_intra(A, labels[1:], centers), lambda: kmeans.inter_intra(A, labels, centers, max_samples=1)]:
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_sigma2_and_collapse():
+    assert kmeans.sigma2(12.0, 5) == 3.0 and kmeans.sigma2(0.0, 1) == 0.0 and kmeans.sigma2(0.0, 0) == 0.0
+    assert torch.equal(kmeans.sigma2(torch.tensor(12.0), 5), torch.tensor(3.0))
+    assert kmeans.describe_collapse([5, 7], 0.6, 0.2) is None
+    assert kmeans.describe_collapse(torch.tensor([5, 7]), 1.5, 1.5) is None
+    assert "no sample" in kmeans.describe_collapse(torch.tensor([5, 0, 7]), 0.6, 0.2)
+    assert "one architecture" in kmeans.describe_collapse([5, 7], 1e-4, 0.0)
+    assert "one architecture" in kmeans.describe_collapse([5, 7], 0.05, 1.0)
+    assert kmeans.describe_collapse([12], 0.0, 0.2) is None  # K = 1 has no pair of centres
+
+
+def test_bank():
+    bank = kmeans.ActivationBank(6, 3)
+    A = torch.rand(6, 3, requires_grad=True)
+    bank.update(torch.tensor([4, 1]), A[[4, 1]])
+    bank.update(torch.tensor([1, 2, 5]), A[[0, 2, 5]])
+    assert bank.count == 4 and bank.seen.tolist() == [False, True, True, False, True, True]
+    assert torch.equal(bank.values[[1, 2, 4, 5]], A.detach()[[0, 2, 4, 5]])  # the latest of sample 1
+    assert not bank.values.requires_grad
+    index, values = bank.shard()
+    assert index.tolist() == [1, 2, 4, 5] and torch.equal(values, bank.values[index])
+
+    clusters = bank.cluster(2, seed=1)
+    centers, labels, inertia = kmeans.kmeans(values, 2, seed=1)
+    assert torch.equal(clusters.centers, centers) and clusters.sizes == torch.bincount(labels, minlength=2).tolist()
+    assert clusters.sigma2 == inertia / 3
+    torch.testing.assert_close(bank.cluster(2, clusters.centers, max_iter=1).centers, centers)
+    with pytest.raises(ValueError, match="at least 5"):
+        bank.cluster(5)
+    with pytest.raises(ValueError):
+        bank.update(torch.tensor([1]), A[:2])
+
+    other = kmeans.ActivationBank(6, 3)
+    assert all(isinstance(value, torch.Tensor) for value in bank.state_dict().values())
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.values, bank.values) and torch.equal(other.seen, bank.seen)
+    with pytest.raises(ValueError):
+        kmeans.ActivationBank(7, 3).load_state_dict(bank.state_dict())
+
+
+# ============ K-means and bank on two processes ============
+
+
+def on_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = kmeans._world()
+    assert world is None  # the value that callers pass before init_process_group works alone
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = kmeans._world()
+    out = {}
+    x = blobs(301, 6, 4, seed=5)
+    for name, cut in [("uneven", 120), ("first empty", 0), ("last empty", 301)]:
+        mine = x[:cut] if rank == 0 else x[cut:]
+        out[name, "init"] = kmeans.kmeans(mine, 4, init=x[:4], group=world)
+        out[name, "++"] = kmeans.kmeans(mine, 4, seed=2, group=world)
+        out[name, "one step"] = kmeans.kmeans(mine, 4, init=x[:4], max_iter=1, group=world)
+        far = torch.cat([x[:1], torch.full((3, 6), 50.0)])
+        out[name, "empty clusters"] = kmeans.kmeans(mine, 4, init=far, group=world)
+        same = torch.ones(len(mine), 6)
+        out[name, "one place"] = kmeans.kmeans(same, 3, group=world)
+    # The first rank's init counts.
+    mine = x[:120] if rank == 0 else x[120:]
+    out["init of rank 0"] = kmeans.kmeans(mine, 4, init=x[:4] + rank, group=world)
+    # Errors on one rank are errors on both.
+    bad = mine.clone()
+    if rank == 1:
+        bad[0, 0] = torch.nan
+    bad_init = x[:4].clone()
+    bad_init[0, 0] = torch.nan if rank == 1 else 0
+    for args in [(bad, 4), (mine[:1], 4), (mine, 4, bad_init)]:
+        with pytest.raises(ValueError):
+            kmeans.kmeans(*args, group=world)
+    # Alone although the group exists.
+    out["alone"] = kmeans.kmeans(x, 4, init=x[:4])
+
+    bank = kmeans.ActivationBank(9, 2)
+    A = torch.arange(18.0).view(9, 2)
+    for index in [[[0, 7], [3, 1]], [[8, 2], [5, 7]]]:
+        bank.update(torch.tensor(index[rank]), A[index[rank]])
+    out["bank"] = bank.state_dict()
+    out["shard"] = bank.shard()
+    out["clusters"] = tuple(bank.cluster(2))
+    with pytest.raises(ValueError, match="at least 8"):
+        bank.cluster(8)
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(on_rank, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    x = blobs(301, 6, 4, seed=5)
+    far = torch.cat([x[:1], torch.full((3, 6), 50.0)])
+    single = {
+        "init": kmeans.kmeans(x, 4, init=x[:4]),
+        "++": kmeans.kmeans(x, 4, seed=2),
+        "one step": kmeans.kmeans(x, 4, init=x[:4], max_iter=1),
+        "empty clusters": kmeans.kmeans(x, 4, init=far),
+        "one place": kmeans.kmeans(torch.ones(301, 6), 3),
+    }
+    for name, cut in [("uneven", 120), ("first empty", 0), ("last empty", 301)]:
+        for case, (centers, labels, inertia) in single.items():
+            a, b = ranks[0][name, case], ranks[1][name, case]
+            assert torch.equal(a[0], b[0]) and a[2] == b[2]
+            torch.testing.assert_close(a[0], centers, rtol=1e-6, atol=1e-6)
+            assert (len(a[1]), len(b[1])) == (cut, 301 - cut)
+            assert torch.equal(torch.cat([a[1], b[1]]), labels)
+            assert a[2] == pytest.approx(inertia, rel=1e-6, abs=1e-10)
+    for r in ranks:
+        torch.testing.assert_close(r["init of rank 0"][0], single["init"][0])
+        torch.testing.assert_close(r["alone"][0], single["init"][0])
+
+    A = torch.arange(18.0).view(9, 2)
+    for r in ranks:
+        seen = torch.tensor([0, 1, 2, 3, 5, 7, 8])
+        assert r["bank"]["seen"].nonzero().flatten().tolist() == seen.tolist()
+        assert torch.equal(r["bank"]["values"][seen], A[seen])
+    assert torch.cat([r["shard"][0] for r in ranks]).tolist() == seen.tolist()
+    assert torch.equal(torch.cat([r["shard"][1] for r in ranks]), A[seen])
+    assert [len(r["shard"][0]) for r in ranks] == [4, 3]
+    a, b = ranks[0]["clusters"], ranks[1]["clusters"]
+    assert torch.equal(a[0], b[0]) and a[1:] == b[1:] and sum(a[2]) == 7
+
+
+# ============ data ============
+
+
+def save(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    if mode == "P":                     # same bytes, read as indices into a palette
+        image.putpalette([255 - i % 256 for i in range(768)])
+    image.save(path)
+
+
+def cityscapes_tree(root, split="train", names=("aachen/aachen_000000_000019", "bonn/bonn_000003_000019"), size=(24, 40)):
+    """The published layout with random ids, all of the table among them; returns {name: (image, label ids)}."""
+    rng, made = np.random.default_rng(0), {}
+    for name in names:
+        ids = rng.integers(0, 34, size).astype(np.uint8)
+        ids.ravel()[:35] = [*range(34), 255]                    # 255: the license plate's -1
+        image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        save(root / "leftImg8bit" / split / f"{name}_leftImg8bit.png", image)
+        save(root / "gtFine" / split / f"{name}_gtFine_labelIds.png", ids)
+        save(root / "gtFine" / split / f"{name}_gtFine_instanceIds.png", ids)
+        made[name] = image, ids
+    return made
+
+
+def camvid_tree(root, split="train", count=3, size=(20, 32), ending=".png", mode=None):
+    rng = np.random.default_rng(1)
+    made = {}
+    for i in range(count):
+        ids = rng.integers(0, 12, size).astype(np.uint8)
+        image = np.broadcast_to(np.uint8([10 * i, 90, 200]), (*size, 3)).copy()     # flat: survives JPEG
+        save(root / split / f"{i:04d}{ending}", image)
+        save(root / f"{split}annot" / f"{i:04d}.png", ids, mode)
+        made[f"{i:04d}"] = image, ids
+    return made
+
+
+def one_line(error, *words):
+    message = str(error.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+# ============ data: files ============
+
+def test_cityscapes_ids_become_train_ids(tmp_path):
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+    train_id = {label.id % 256: label.trainId for label in labels}
+    made = cityscapes_tree(tmp_path)
+    dataset = data.segmentation_dataset("cityscapes", str(tmp_path), "train", train=False)
+    assert len(dataset) == 2 and dataset.subset is None
+    for i, (name, (image, ids)) in enumerate(made.items()):
+        got, mask, index = dataset[i]
+        assert index == i and dataset.image_name(i) == os.path.join("leftImg8bit", "train", f"{name}_leftImg8bit.png")
+        assert got.dtype == mask.dtype == torch.uint8 and type(got) is type(mask) is torch.Tensor
+        assert torch.equal(got, torch.from_numpy(image).permute(2, 0, 1))
+        for y in range(ids.shape[0]):
+            for x in range(ids.shape[1]):
+                expected = train_id[int(ids[y, x])]
+                assert mask[y, x] == (data.IGNORE if expected in (-1, 255) else expected)
+    trained = {label.trainId: label for label in labels if 0 <= label.trainId < 255}
+    assert dataset.info.classes == tuple(trained[i].name for i in range(19))
+    assert dataset.info.palette == tuple(trained[i].color for i in range(19))
+
+
+@pytest.mark.parametrize("ending, mode", [(".png", None), (".jpg", "P"), (".JPEG", None)])
+def test_camvid(tmp_path, ending, mode):
+    made = camvid_tree(tmp_path, ending=ending, mode=mode)
+    dataset = data.segmentation_dataset("camvid", str(tmp_path), "train", train=False)
+    assert len(dataset) == 3 and len(dataset.info.classes) == len(dataset.info.palette) == 11
+    for i, (image, ids) in enumerate(made.values()):
+        got, mask, _ = dataset[i]
+        assert (got.permute(1, 2, 0).int() - torch.from_numpy(image).int()).abs().max() <= (0 if ending == ".png" else 3)
+        assert np.array_equal(mask.numpy(), np.where(ids == 11, data.IGNORE, ids))
+
+
+def test_real_camvid():
+    root = Path(os.environ.get("CAMVID", HERE / "../shared/data/camvid"))
+    if not (root / "valannot").is_dir():
+        pytest.skip(f"no CamVid at {root}; set CAMVID to its folder")
+    for split, count in (("train", 367), ("val", 101), ("test", 233)):
+        dataset = data.segmentation_dataset("camvid", str(root), split, train=False)
+        assert len(dataset) == count
+    loader = data.pass_loader(data.segmentation_dataset("camvid", str(root), "val", train=False), 8)
+    images, masks, _ = next(iter(loader))
+    assert images.shape == (8, 3, 360, 480) and masks.shape == (8, 360, 480)
+    present = set(masks.unique().tolist())
+    assert present <= {*range(11), data.IGNORE} and len(present) > 8
+    train = data.segmentation_dataset("camvid", str(root), "train", train=True)
+    assert train[0][0].shape == (3, 352, 352)
+
+
+def test_bad_files_are_named_in_one_line(tmp_path):
+    def fresh(name):
+        root = tmp_path / name
+        return root, cityscapes_tree(root)
+
+    def open_train(root):
+        return data.segmentation_dataset("cityscapes", str(root), "train", train=False)
+
+    with pytest.raises(data.DataError) as error:
+        open_train(tmp_path / "nowhere")
+    one_line(error, tmp_path / "nowhere", "gtFine/train", "cityscapes-dataset.com", "--dataset shapes")
+    with pytest.raises(data.DataError) as error:
+        data.segmentation_dataset("camvid", str(tmp_path / "nowhere"), "val", train=False)
+    one_line(error, tmp_path / "nowhere", "valannot", "SegNet", "--dataset shapes")
+
+    root, _ = fresh("empty")
+    shutil.rmtree(root / "gtFine/train")
+    (root / "gtFine/train").mkdir()
+    with pytest.raises(data.DataError) as error:
+        open_train(root)
+    one_line(error, root / "gtFine/train", "--dataset shapes")
+
+    root, _ = fresh("no label")
+    (root / "gtFine/train/bonn/bonn_000003_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(data.DataError) as error:
+        open_train(root)
+    one_line(error, root / "leftImg8bit/train/bonn/bonn_000003_000019_leftImg8bit.png", "no label")
+
+    root, _ = fresh("no image")
+    (root / "leftImg8bit/train/bonn/bonn_000003_000019_leftImg8bit.png").unlink()
+    with pytest.raises(data.DataError) as error:
+        open_train(root)
+    one_line(error, root / "gtFine/train/bonn/bonn_000003_000019_gtFine_labelIds.png", "no image")
+
+    root, made = fresh("damaged")
+    image = root / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
+    label = root / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    dataset = open_train(root)
+    pixels, ids = made["aachen/aachen_000000_000019"]
+    for path, array in ((image, pixels), (label, ids)):
+        whole = path.read_bytes()
+        for length in (0, 10, len(whole) // 3, len(whole) // 2, 2 * len(whole) // 3):
+            path.write_bytes(whole[:length])
+            with pytest.raises(data.DataError) as error:
+                dataset[0]
+            one_line(error, path)
+        path.write_bytes(whole)
+    save(label, ids[:, :-3])
+    with pytest.raises(data.DataError) as error:
+        dataset[0]
+    one_line(error, image, label, "40x24", "37x24")
+    save(label, np.where(ids == 7, 77, ids).astype(np.uint8))
+    with pytest.raises(data.DataError) as error:
+        dataset[0]
+    one_line(error, label, "77")
+    save(label, pixels)
+    for workers in (0, 1):                                      # a worker's error arrives as one line, too
+        with pytest.raises(data.DataError) as error:
+            next(iter(data.pass_loader(dataset, 1, workers)))
+        one_line(error, label, "one channel")
+
+    root = tmp_path / "twice"
+    camvid_tree(root)
+    save(root / "train/0001.jpg", np.zeros((20, 32, 3), np.uint8))
+    with pytest.raises(data.DataError) as error:
+        data.segmentation_dataset("camvid", str(root), "train", train=False)
+    one_line(error, root / "train/0001.jpg", root / "train/0001.png")
+
+
+def test_bad_arguments():
+    shapes = dict(name="shapes", root=None, split="train", train=True)
+    for wrong, words in ((dict(name="ade20k"), ["ade20k", "camvid"]), (dict(split="dev"), ["dev"]),
+                         (dict(root="here"), ["here"]), (dict(size=100), ["100", "32"]), (dict(subsets=5), ["5"]),
+                         (dict(n_train=2), ["2 images"]), (dict(name="camvid", size=64), ["size", "shapes"])):
+        with pytest.raises(data.DataError) as error:
+            data.segmentation_dataset(**{**shapes, **wrong})
+        one_line(error, *words)
+    dataset = data.segmentation_dataset(**shapes, size=32, n_train=8)
+    for make in (lambda: data.train_loader(dataset, 9), lambda: data.train_loader(dataset, 4, world=3),
+                 lambda: data.pass_loader(dataset, 0)):
+        with pytest.raises(data.DataError) as error:
+            make()
+        one_line(error, "batch")
+
+
+# ============ data: transforms ============
+
+def test_augmentation_pads_crops_and_keeps_image_and_mask_aligned():
+    torch.manual_seed(0)
+    # Every label region is flat and large; its number is written into the picture.
+    mask = (torch.arange(96)[:, None] // 24 * 8 + torch.arange(128) // 16).to(torch.uint8)      # ids 0..31
+    image = torch.stack([mask * 7 + 20, mask * 3 + 40, 250 - mask * 5])
+    padded = flipped = 0
+    sizes = set()
+    for _ in range(40):
+        got, label = data.augmentation((48, 96, 192), 80)(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        assert got.shape == (3, 80, 80) and label.shape == (80, 80) and got.dtype == label.dtype == torch.uint8
+        inside = label != data.IGNORE
+        assert (got[:, ~inside] == 0).all() and (got[:, inside] > 0).all()
+        assert set(label[inside].tolist()) <= set(range(32))        # nearest: no ids in between
+        shown = (got[0].float() - 20) / 7
+        right = ((shown - label).abs() < 0.6)[inside].float().mean()
+        assert right > 0.85                                         # the rest: blended edges between regions
+        padded += int((~inside).any())
+        first = label[inside.any(1)][0]
+        first = first[first != data.IGNORE].int()
+        flipped += int(first[0] > first[-1])
+        sizes.add(int(inside.sum()))
+    assert 5 < padded < 25 and 10 < flipped < 30 and len(sizes) > 1
+    same = data.augmentation(None, None)(tv_tensors.Image(image), tv_tensors.Mask(mask))[1]
+    assert torch.equal(same, mask) or torch.equal(same, mask.flip(1))
+
+
+def test_cityscapes_training_items_have_the_recipe_size(tmp_path):
+    cityscapes_tree(tmp_path)
+    dataset = data.segmentation_dataset("cityscapes", str(tmp_path), "train", train=True, crop=64, short_sides=(20, 90))
+    images, masks, indices = next(iter(data.train_loader(dataset, 2)))
+    assert images.shape == (2, 3, 64, 64) and masks.shape == (2, 64, 64) and sorted(indices.tolist()) == [0, 1]
+    assert images.dtype == masks.dtype == torch.uint8 and indices.dtype == torch.int64
+
+
+def test_normalize():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    got = data.normalize(images)
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), (images.numpy() / 255.0 - mean) / std, atol=1e-5)
+
+
+# ============ data: loaders ============
+
+def small_shapes(train=True, **options):
+    return data.segmentation_dataset("shapes", None, "train", train=train, **{**dict(size=32, n_train=24), **options})
+
+
+def epochs(loader, batches):
+    stream = data.forever(loader)
+    return [next(stream) for _ in range(batches)]
+
+
+def test_an_epoch_has_each_index_once_with_its_own_image():
+    dataset, whole = small_shapes(), small_shapes(train=False)
+    first = []
+    for rank in range(2):
+        loader = data.train_loader(dataset, 6, rank=rank, world=2)
+        assert len(loader) == 4
+        rounds = epochs(loader, 8)
+        for images, masks, indices in rounds:
+            assert images.shape == (3, 3, 32, 32)
+            for image, mask, i in zip(images, masks, indices):
+                expected, label, _ = whole[int(i)]
+                straight = torch.equal(image, expected) and torch.equal(mask, label)
+                assert straight or (torch.equal(image.flip(2), expected) and torch.equal(mask.flip(1), label))
+        order = torch.cat([batch[2] for batch in rounds]).tolist()
+        assert len(set(order[:12])) == len(set(order[12:])) == 12 and order[:12] != order[12:]
+        first += order[:12]
+    assert sorted(first) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_seed_decides_the_stream(workers):
+    def stream(seed, start=0):
+        torch.manual_seed(seed)
+        batches = data.forever(data.train_loader(small_shapes(), 6, workers, seed=seed), start)
+        return [next(batches) for _ in range(6)]
+
+    one, two, other, later = stream(3), stream(3), stream(4), stream(3, start=1)
+    assert all(torch.equal(a, b) for left, right in zip(one, two) for a, b in zip(left, right))
+    assert [b[2].tolist() for b in one] != [b[2].tolist() for b in other]
+    assert [b[2].tolist() for b in one[4:]] == [b[2].tolist() for b in later[:2]]       # epoch 1 is epoch 1
+
+
+def test_a_pass_counts_each_image_once_and_wraps_to_full_batches():
+    dataset = small_shapes(train=False, n_train=11)
+    for world in (1, 2, 3):
+        parts = [torch.cat([batch[2] for batch in data.pass_loader(dataset, 4, rank=rank, world=world)]).tolist()
+                 for rank in range(world)]
+        assert all(part == list(range(rank, 11, world)) for rank, part in enumerate(parts))
+        wrapped = [list(data.pass_loader(dataset, 4, rank=rank, world=world, wrap=True)) for rank in range(world)]
+        assert len({len(batches) for batches in wrapped}) == 1
+        assert all(len(batch[2]) == 4 for batches in wrapped for batch in batches)
+        assert {int(i) for batches in wrapped for batch in batches for i in batch[2]} == set(range(11))
+
+
+def test_images_of_two_sizes_cannot_share_a_batch(tmp_path):
+    cityscapes_tree(tmp_path, names=("a/a_0",), size=(24, 40))
+    cityscapes_tree(tmp_path, names=("b/b_0",), size=(24, 44))
+    dataset = data.segmentation_dataset("cityscapes", str(tmp_path), "train", train=False)
+    assert len(list(data.pass_loader(dataset, 1))) == 2
+    for workers in (0, 1):
+        with pytest.raises(data.DataError) as error:
+            list(data.pass_loader(dataset, 2, workers))
+        one_line(error, "40x24", "44x24", "--eval-batch 1")
+
+
+# ============ data: shapes ============
+
+def test_shapes_depend_on_seed_split_and_index_only():
+    first, again = small_shapes(train=False), small_shapes(train=False)
+    for i in (5, 0, 17):
+        assert all(torch.equal(a, b) for a, b in zip(first.scene(i)[:5], again.scene(i)[:5]))
+    assert not torch.equal(first[0][0], small_shapes(train=False, seed=1)[0][0])
+    val = data.segmentation_dataset("shapes", None, "val", train=False, size=32, n_val=24)
+    seen = {dataset[i][0].numpy().tobytes() for dataset in (first, val) for i in range(24)}
+    assert len(seen) == 48
+    assert first.image_name(3) != val.image_name(3)
+
+
+@pytest.mark.parametrize("subsets", [2, 3, 4])
+def test_shapes_subsets_are_balanced_and_not_in_order(subsets):
+    dataset = small_shapes(subsets=subsets, n_train=240)
+    assert dataset.subset.dtype == torch.int64
+    assert dataset.subset.bincount().tolist() == [240 // subsets] * subsets
+    agree = (dataset.subset == torch.arange(240) % subsets).float().mean()
+    assert abs(agree - 1 / subsets) < 0.15
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("hard", [False, True])
+def test_shapes_instances_make_up_the_mask(size, hard):
+    dataset = small_shapes(train=False, size=size, hard=hard, subsets=4)
+    classes = set()
+    for i in range(12):
+        image, mask, masks, boxes, labels, subset = dataset.scene(i)
+        assert image.shape == (3, size, size) and image.dtype == torch.uint8 and subset == dataset.subset[i]
+        assert masks.dtype == torch.bool and len(masks) == len(boxes) == len(labels) > 0
+        assert torch.equal(mask.long(), (masks * labels[:, None, None]).sum(0)) and masks.sum(0).max() == 1
+        for instance, box in zip(masks, boxes):
+            rows, columns = instance.nonzero().T
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert torch.equal(dataset[i][1], mask)
+        classes |= set(labels.tolist())
+    assert classes == {1, 2, 3, 4, 5}
+
+
+def test_shapes_subsets_differ_in_scale_and_in_hard_mode_in_nothing_else():
+    def measure(hard):
+        dataset = small_shapes(train=False, size=64, n_train=180, hard=hard)
+        sides, light, background = ([[] for _ in range(3)] for _ in range(3))
+        for i in range(180):
+            scene = dataset.scene(i)
+            x1, y1, x2, y2 = scene.boxes.T
+            sides[scene.subset] += ((x2 - x1) * (y2 - y1)).sqrt().tolist()
+            light[scene.subset].append(float(scene.image.float().mean()))
+            background[scene.subset].append(float((scene.mask == 0).float().mean()))
+        share = np.array([np.mean(b) for b in background])
+        assert (abs(share - 0.675) < 0.03).all(), share
+        return [np.median(s) for s in sides], np.array(light)
+
+    for hard in (False, True):
+        (large, medium, small), light = measure(hard)
+        assert large > 1.5 * medium > 2.25 * small
+        means, error = light.mean(1), np.sqrt(light.var(1).mean() / light.shape[1])
+        if hard:
+            assert np.ptp(means) < 5 * error, means
+        else:
+            assert means[0] > means[1] + 20 > means[2] + 60, means
+
+
+# ============ data: alone ============
+
+
+# ============ models and checkpoints ============
+
+
+def test_any_image_size_and_logit_space():
+    network = model.build_model("divdr-raw", "segmentation", 3, layers=4, width=4, gate_space="logit").eval()
+    out = network(torch.randn(2, 3, 50, 70))
+    assert out.logits.shape == (2, 3, 50, 70)
+    torch.testing.assert_close(torch.relu(torch.tanh(out.A)), out.routes.A)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    arguments = dict(variant="dr-a", task="segmentation", num_classes=3, layers=4, width=4, gate=None)
+    network = model.build_model(**arguments).eval()
+    model.save_checkpoint(tmp_path / "a.pt", network, model_args=arguments, classes=["x", "y", "z"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]  # no temporary file stays
+    again, contents = model.load_checkpoint(tmp_path / "a.pt")
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(network(images).logits, again(images).logits) and contents["classes"] == ["x", "y", "z"]
+
+
+class RunsCode:
+    """A pickle that would write a file when loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": RunsCode(tmp_path / "ran"), "model_args": {}}, tmp_path / "code.pt")
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": {}, "model_args": dict(variant="dr-a", task="segmentation", num_classes=2, layers=4, width=4)},
+               tmp_path / "unfit.pt")  # fmt: skip
+    whole = (tmp_path / "unfit.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.pt", "code.pt", "other.pt", "empty.pt", "unfit.pt", "cut.pt", "missing.pt"):
+        with pytest.raises(model.InputError) as caught:
+            model.load_checkpoint(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+# ============ files copied out ============
+
+
+ALONE = {
+    "routing.py": "import torch, routing; f, A, c = routing.RoutedBackbone(4, 4)(torch.rand(2, 3, 64, 64)); print(A.shape, c)",
+    "losses.py": "import torch, losses; print(losses.clustering_loss(torch.rand(4, 6), torch.rand(3, 6), 0.5, 1.0).item())",
+    "kmeans.py": "import torch, kmeans; b = kmeans.ActivationBank(20, 4); b.update(torch.arange(20), torch.rand(20, 4)); print(b.cluster(3))",
+    "data.py": "import data; print(next(iter(data.train_loader(data.segmentation_dataset('shapes', None, 'train', train=True), 4)))[0].shape)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_works_alone_in_an_empty_folder(name, tmp_path):
+    shutil.copy(HERE / name, tmp_path)
+    status, _, error = run("-c", ALONE[name], cwd=tmp_path, PYTHONPATH="")
+    assert status == 0, error
+
+
+# ============ the training recipe ============
+
+
+def test_learning_rate_warms_up_and_decays():
+    factor = train_seg.learning_rate_factor(train_seg.Config(iters=180_000, warmup=1000))
+    assert factor(0) == pytest.approx(0.001)
+    assert factor(500) == pytest.approx((0.001 + 0.999 / 2) * (1 - 500 / 180_000) ** 0.9)
+    assert factor(90_000) == pytest.approx(0.5**0.9) and factor(180_000) == 0
+
+
+def test_norm_weights_have_no_weight_decay():
+    network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
+    decayed, free = train_seg.make_optimizer(network, train_seg.Config()).param_groups
+    norms = {id(p) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
+    assert {id(p) for p in free["params"]} == norms and free["weight_decay"] == 0 and decayed["weight_decay"] == 1e-4
+    assert len(decayed["params"]) + len(norms) == len(list(network.parameters()))
+
+
+def test_segmentation_loss_ignores_255_and_survives_crops_without_labels():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    masks = torch.randint(0, 3, (2, 4, 4))
+    masks[0, :2] = 255
+    p = logits.detach().double().softmax(1)
+    picked = [-math.log(p[b, masks[b, y, x], y, x]) for b in range(2) for y in range(4) for x in range(4) if masks[b, y, x] != 255]
+    assert train_seg.segmentation_loss(logits, masks).item() == pytest.approx(sum(picked) / len(picked), rel=1e-5)
+    nothing = train_seg.segmentation_loss(logits, torch.full_like(masks, 255))
+    nothing.backward()
+    assert nothing.item() == 0 and (logits.grad == 0).all()
+
+
+def test_variants_are_the_methods_table():
+    table = {"dr-a": (0.8, 0.1, 0, "small"), "dr-b": (0.5, 0.1, 0, "small"), "dr-c": (0.5, 0.2, 0, "small"),
+             "dr-raw": (0, 0, 0, "full"), "divdr-a": (0.8, 0.1, 0.2, "small"), "divdr-raw": (0, 0, 0.2, "small")}  # fmt: skip
+    for name, (lambda1, budget, lambda2, gate) in table.items():
+        config = train_seg.resolve(train_seg.Config(variant=name), world=1)
+        assert (config.lambda1, config.budget, config.lambda2, config.gate) == (lambda1, budget, lambda2, gate)
+        assert (config.k, config.margin, config.kmeans_every, config.batch, config.crop) == (4, 5.0, 50, 8, 768)
+        assert (config.iters, config.lr, config.warmup, config.clip) == (180_000, 0.05, 1000, 5.0)
+    assert "deeplabv3-r101" in model.VARIANTS
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--k", "1"], "--k"), (["--lambda2", "-1"], "--lambda2"), (["--crop", "100"], "--crop"), (["--variant", "x"], "--variant"),
+    (["--dataset", "cityscapes", "--data", "nowhere"], "nowhere"), (["--iters", "0"], "--iters"),
+    (["--dataset", "shapes", "--k", "5000"], "--k"), (["--device", "cuda:7"], "--device"), (["--dataset", "shapes", "--data", "x"], "x"),
+    (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--width", "7", "--dataset", "shapes"], "width"),
+])  # fmt: skip
+def test_flags_that_cannot_work_end_in_one_line(flags, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train_seg.main()
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and word in error and "\n" not in error and not list(tmp_path.iterdir())
+
+
+def test_missing_cityscapes_says_what_is_expected_and_what_needs_no_download(tmp_path):
+    status, _, error = run(HERE / "train_seg.py", cwd=tmp_path)
+    assert status == 2 and "Traceback" not in error
+    for word in ("data/cityscapes", "leftImg8bit", "gtFine", "www.cityscapes-dataset.com", "--dataset shapes"):
+        assert word in error
+
+
+# ============ end to end ============
+
+
+TINY = ["--dataset", "camvid", "--layers", "4", "--width", "4", "--crop", "64", "--short-sides", "64", "80", "--batch", "4",
+        "--warmup", "2", "--bn-batches", "2", "--kmeans-every", "3", "--k", "2", "--log-every", "2", "--workers", "0"]  # fmt: skip
+
+
+def write_camvid(root, n=12, size=(64, 96)):
+    """A CamVid tree in which class 3 is dark and class 5 bright; the rest of the label map is void."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for folder in (split, f"{split}annot"):
+            (root / folder).mkdir(parents=True)
+        for i in range(n):
+            label = np.full(size, 3, np.uint8)
+            label[:, rng.integers(20, 70) :] = 5
+            image = np.where(label == 3, 40, 200)[..., None] + rng.integers(-20, 20, (*size, 3))
+            label[:4] = 11
+            Image.fromarray(image.astype(np.uint8)).save(root / split / f"{i:02d}.png")
+            Image.fromarray(label).save(root / f"{split}annot" / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data and a run on two processes: (folder, run folder)."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    write_camvid(folder / "camvid")
+    status, out, error = run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "train_seg.py", *TINY, "--data", "camvid",
+        "--variant", "divdr-a", "--iters", 12, "--eval-every", 6, "--name", "pair", "--device", "cpu", cwd=folder)  # fmt: skip
+    assert status == 0, error
+    return folder, folder / "runs" / "pair"
+
+
+def test_two_processes_train_and_every_sample_enters_the_bank(trained):
+    _, folder = trained
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["lambda1"], config["gate"], config["batch"], config["iters"]) == (0.8, "small", 4, 12)
+    _, checkpoint = model.load_checkpoint(folder / "last.pt")
+    assert checkpoint["bank"]["seen"].all() and len(checkpoint["bank"]["seen"]) == 12
+    assert (checkpoint["bank"]["values"].sum(1) > 0).all()
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [e["iteration"] for e in events if e["event"] == "kmeans"] == [3, 6, 9, 12]
+    assert [e["iteration"] for e in events if e["event"] == "evaluation"] == [6, 12]
+    last = [e for e in events if e["event"] == "train"][-1]
+    keys = {"loss_task", "loss_cost", "loss_clustering", "gflops_real", "gflops_expected", "sizes", "inter", "intra",
+            "images_per_second", "lr", "gradient_norm", "sigma2"}  # fmt: skip
+    assert keys <= last.keys() and sum(last["sizes"]) == 12
+
+
+def test_evaluation_knows_the_run_and_shows_pictures(trained):
+    folder, run_folder = trained
+    status, out, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--workers", 0, "--device", "cpu", cwd=folder)
+    assert status == 0, error
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["images"] == 12 and sum(metrics["images_per_expert"]) == 12 and metrics["variant"] == "divdr-a"
+    for count in ("paper", "exact"):
+        gflops = metrics["gflops"][count]
+        assert 0 < gflops["min"] <= gflops["mean"] <= gflops["max"]
+    assert "mean" in out and "expert" in out and "paper count" in out
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    during = [e for e in log if e["event"] == "evaluation"][-1]["miou"]
+    assert metrics["miou"] == pytest.approx(100 * during, abs=1e-6)  # one process counts what two counted
+
+    status, out, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--image", "camvid/val", "--device", "cpu", cwd=folder)
+    assert status == 0, error
+    assert len(list((run_folder / "overlays").glob("*.png"))) == 12
+    assert len(re.findall(r"expert [01] of 2", out)) == 12
+    overlay = np.array(Image.open(run_folder / "overlays" / "00.png"))
+    assert overlay.shape == (64, 96, 3)
+
+    status, _, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--dataset", "shapes", "--device", "cpu", cwd=folder)
+    assert status == 2 and "--dataset shapes" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--variant", "divdr-raw", "--activations", "recompute", "--kmeans-anneal", "4"],
+    ["--variant", "divdr-raw", "--gate-space", "logit"],
+    ["--variant", "dr-raw"],
+])  # fmt: skip
+def test_one_process_trains_with(flags, tmp_path, monkeypatch):
+    write_camvid(tmp_path / "camvid")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *TINY, "--data", "camvid", "--iters", "9", "--eval-every", "100",
+                                      "--device", "cpu", "--name", "run", *flags])  # fmt: skip
+    train_seg.main()
+    _, checkpoint = model.load_checkpoint("runs/run/last.pt")
+    assert checkpoint["bank"]["seen"].all() and checkpoint["centers"].shape == (2, checkpoint["bank"]["values"].shape[1])
+    if "logit" in flags:
+        assert checkpoint["bank"]["values"].abs().max() > 1
+    events = [json.loads(line) for line in Path("runs/run/log.jsonl").read_text().splitlines()]
+    clustered = [e["iteration"] for e in events if e["event"] == "kmeans"]
+    assert clustered == ([3, 8, 9] if "--kmeans-anneal" in flags else [3, 6, 9])  # 3 + round(3 · 4^(3/9)) = 8
+    with pytest.raises(SystemExit):  # the same name again: nothing written is lost
+        train_seg.main()
+
+
+def test_static_baseline_runs_through_the_same_loop(tmp_path, monkeypatch):
+    write_camvid(tmp_path / "camvid", n=4)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "camvid", "--data", "camvid", "--variant", "deeplabv3-r101", "--crop", "64", "--short-sides", "64",
+             "--batch", "2", "--iters", "1", "--bn-batches", "1", "--workers", "0", "--name", "static", "--device", "cpu", "--k", "2"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *flags])
+    train_seg.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/static/last.pt", "--workers", "0", "--device", "cpu"])
+    evaluate.main()
+    metrics = json.loads(Path("runs/static/metrics.json").read_text())
+    assert list(metrics["gflops"]) == ["exact"] and "inter" not in metrics
+
+
+def test_batch_norm_is_reestimated_as_plain_averages(tmp_path):
+    config = train_seg.Config(dataset="shapes", batch=4, bn_batches=3, workers=0)
+    dataset = data.segmentation_dataset("shapes", None, "train", train=True, size=32, n_train=16)
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    train_seg.reestimate_batch_norm(network, dataset, config, model.Process(0, 1, torch.device("cpu")))
+    loader = data.train_loader(dataset, 4, 0, config.seed + 1)
+    torch.manual_seed(0)
+    means = []
+    for (images, _, _), _ in zip(data.forever(loader), range(3)):
+        means.append(data.normalize(images).mean((0, 2, 3)))
+    torch.testing.assert_close(network[0].running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+
+
+# ============ mIoU ============
+
+
+def test_miou_equals_cityscapesscripts_on_the_written_predictions(tmp_path, monkeypatch):
+    """A Cityscapes tree, a network's predictions written through evaluate.py, and the official pixel-level evaluation."""
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+    from cityscapesscripts.helpers.labels import labels
+
+    rng = np.random.default_rng(5)
+    ids = [label.id for label in labels if label.id >= 0]
+    for city, n in (("aachen", 2), ("bonn", 1)):
+        images, truths = (tmp_path / "cs" / kind / "val" / city for kind in ("leftImg8bit", "gtFine"))
+        images.mkdir(parents=True), truths.mkdir(parents=True)
+        for i in range(n):
+            blocks = rng.choice(ids, (4, 8)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+            Image.fromarray(rng.integers(0, 255, (64, 128, 3), np.uint8)).save(images / f"{city}_{i:06d}_000019_leftImg8bit.png")
+            Image.fromarray(blocks).save(truths / f"{city}_{i:06d}_000019_gtFine_labelIds.png")
+
+    info = data.segmentation_dataset("cityscapes", str(tmp_path / "cs"), "val", train=False).info
+    arguments = dict(variant="dr-raw", task="segmentation", num_classes=19, layers=4, width=4)
+    torch.manual_seed(0)
+    network = model.build_model(**arguments)
+    network.head.predictor.weight.data.mul_(50)  # many classes get predicted
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.1)
+    (tmp_path / "run").mkdir()
+    model.save_checkpoint(
+        tmp_path / "run" / "last.pt", network, model_args=arguments, classes=list(info.classes), palette=[list(c) for c in info.palette],
+        mean=list(data.MEAN), std=list(data.STD), dataset="cityscapes", data=str(tmp_path / "cs"), config={"k": 2},
+        iteration=1, centers=None)  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run" / "last.pt"), "--predictions", str(tmp_path / "out"),
+                                      "--workers", "0", "--device", "cpu"])  # fmt: skip
+    evaluate.main()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    truths = sorted((tmp_path / "cs" / "gtFine").rglob("*labelIds.png"))
+    predictions = sorted((tmp_path / "out").rglob("*.png"))
+    assert len(predictions) == 3
+    official.args.quiet, official.args.JSONOutput, official.args.evalInstLevelScore = True, False, False
+    official.args.evalPixelAccuracy = False
+    result = official.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], official.args)
+    assert len({v for v in metrics["iou"].values() if v}) > 3
+    assert metrics["miou"] / 100 == pytest.approx(result["averageScoreClasses"], abs=1e-9)
+    for name, value in metrics["iou"].items():
+        theirs = result["classScores"][name]
+        assert value is None if math.isnan(theirs) else value / 100 == pytest.approx(theirs, abs=1e-9)

@@ -1,0 +1,412 @@
+"""Train a routed network for semantic segmentation: alternate SGD and K-means over the gate activations.
+
+    python train_seg.py --dataset shapes                                    # nothing to download, CPU is enough
+    python train_seg.py --dataset camvid --data DIR --variant divdr-raw     # one process; CUDA, MPS or CPU, as found
+    torchrun --nproc_per_node 8 train_seg.py --variant divdr-a              # one machine with 8 GPUs, Cityscapes
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
+
+A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and best.pt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+import data
+import kmeans
+import losses
+from model import (
+    VARIANTS, InputError, Process, build_model, one_line_errors, parse_settings, save_checkpoint, setting, start_process,
+)  # fmt: skip
+
+# What differs by data set: a flag that is not given takes its value from here, or (crop, batch) from the data set itself.
+RECIPES = {
+    "cityscapes": dict(layers=16, width=64, iters=180_000, warmup=1000, eval_every=5000, bn_batches=200),
+    "camvid": dict(layers=16, width=64, iters=20_000, warmup=1000, eval_every=1000, bn_batches=100),
+    "shapes": dict(layers=6, width=12, iters=1500, warmup=50, eval_every=500, bn_batches=50),
+}
+
+
+@dataclass
+class Config:
+    # run
+    name: str | None = setting(None, "run", "folder under --out; by default DATASET-VARIANT-seedN", type=str)
+    out: str = setting("runs", "run", "where run folders are made")
+    seed: int = setting(0, "run", "seeds weights, data order, augmentation and K-means++")
+    log_every: int = setting(50, "run", "iterations between log lines")
+    eval_every: int | None = setting(None, "run", "iterations between evaluations on val, each of which saves", type=int)
+    # data
+    dataset: str = setting("cityscapes", "data", "data set", choices=list(RECIPES))
+    data: str | None = setting(None, "data", "its folder, by default data/DATASET; shapes needs none", type=str)
+    crop: int | None = setting(None, "data", "side of the square training crop, a multiple of 32", type=int)
+    short_sides: tuple | None = setting(
+        None, "data", "short sides that a training image is resized to, drawn at random", type=int, nargs="+")
+    workers: int | None = setting(None, "data", "loader processes per training process, by default 4 or one per core", type=int)
+    # model
+    variant: str = setting("divdr-a", "model", "row of the method's table", choices=list(VARIANTS))
+    layers: int | None = setting(None, "model", "layers of the routed backbone; 16 and 33 are the published ones", type=int)
+    width: int | None = setting(None, "model", "channels at stride 4; 64 is the published width", type=int)
+    gate: str | None = setting(None, "model", "what a gate looks at, by default the variant's", choices=["full", "small"])
+    # optimiser
+    iters: int | None = setting(None, "optimiser", "SGD steps", type=int)
+    batch: int | None = setting(None, "optimiser", "images per step over all processes", type=int)
+    lr: float = setting(0.05, "optimiser", "learning rate after warm-up; poly decay to 0 with power 0.9")
+    warmup: int | None = setting(None, "optimiser", "steps of linear warm-up from 0.001 x lr", type=int)
+    momentum: float = setting(0.9, "optimiser", "momentum of SGD")
+    weight_decay: float = setting(1e-4, "optimiser", "weight decay; norm weights have none")
+    clip: float = setting(5.0, "optimiser", "largest gradient norm")
+    # method
+    lambda1: float | None = setting(None, "method", "weight of the cost loss, by default the variant's", type=float)
+    budget: float | None = setting(None, "method", "share of the full cost aimed at, by default the variant's", type=float)
+    lambda2: float | None = setting(None, "method", "weight of the clustering loss, by default the variant's", type=float)
+    margin: float = setting(5.0, "method", "margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2")
+    k: int = setting(4, "method", "number of clusters, that is of experts")
+    kmeans_every: int = setting(50, "method", "iterations between K-means updates")
+    kmeans_anneal: float = setting(1.0, "method", "factor by which that interval has grown at the end of training")
+    activations: str = setting(
+        "bank", "method", "what K-means sees: the latest A(x) of each sample, or a pass over the training set",
+        choices=["bank", "recompute"])
+    gate_space: str = setting("alpha", "method", "cluster gates after or before their non-linearity", choices=["alpha", "logit"])
+    # system
+    device: str | None = setting(None, "system", "cpu, cuda or mps; by default the best there is", type=str)
+    bn_batches: int | None = setting(None, "system", "training batches that batch norm is re-estimated on before evaluation", type=int)
+    eval_batch: int | None = setting(None, "system", "images at a time in evaluation; more than 1 needs equal sizes", type=int)
+
+
+def resolve(config: Config, world: int) -> Config:
+    """Fills what the flags left open from the data set's recipe and the variant; InputError where flags cannot work."""
+    info, variant = data.SEGMENTATION[config.dataset], VARIANTS[config.variant]
+    routed = variant.gate is not None
+    defaults = RECIPES[config.dataset] | dict(
+        crop=info.crop, short_sides=info.short_sides, batch=info.batch, eval_batch=info.eval_batch,
+        gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2)
+    if not routed:  # no size to choose
+        defaults |= dict(layers=None, width=None)
+    defaults["workers"] = min(4, os.cpu_count() // world)
+    defaults["name"] = f"{config.dataset}-{config.variant}-seed{config.seed}"
+    if not routed and any(value is not None for value in (config.layers, config.width, config.gate)):
+        raise InputError(f"--layers, --width and --gate do not apply to {config.variant}, a network of fixed size")
+    changes = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    config = dataclasses.replace(config, **changes)
+
+    minima = dict(iters=1, batch=1, warmup=0, workers=0, kmeans_every=1, k=2, log_every=1, eval_every=1, lr=0,
+                  lambda1=0, lambda2=0, margin=0, budget=0, kmeans_anneal=1, bn_batches=1, eval_batch=1, clip=0)  # fmt: skip
+    for key, least in minima.items():
+        if getattr(config, key) < least:
+            raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)}: must be at least {least}")
+    if config.batch % world:
+        raise InputError(f"--batch {config.batch}: must be a multiple of the {world} processes")
+    if config.crop is not None and (config.crop < 32 or config.crop % 32):
+        raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
+    if not routed and (config.lambda1 or config.lambda2):
+        raise InputError(f"--lambda1 and --lambda2 do not apply to {config.variant}, which has no gates")
+    return config
+
+
+def learning_rate_factor(config: Config):
+    """Poly decay with power 0.9, times linear warm-up from 0.001 over the first `warmup` of `iters` steps."""
+
+    def factor(step: int) -> float:
+        warm = min(step / config.warmup, 1.0) if config.warmup else 1.0
+        return (0.001 + 0.999 * warm) * (1 - step / config.iters) ** 0.9
+
+    return factor
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD with momentum; weight decay for everything but norm layers."""
+    norm, rest = [], []
+    for module in model.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        (norm if is_norm else rest).extend(module.parameters(recurse=False))
+    groups = [dict(params=rest, weight_decay=config.weight_decay), dict(params=norm, weight_decay=0.0)]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass
+class Evaluation:
+    """What one pass over an evaluation set gave, on every process the same."""
+
+    confusion: Tensor  # [classes, classes] int64 pixels, rows: truth, columns: prediction
+    A: Tensor  # [N, D] gate activations, in the order of the data set
+    flops: dict[str, Tensor]  # per count: [N] real multiply-adds of each image
+
+    def iou(self) -> Tensor:
+        """[classes] intersection over union in 0..1; nan for a class that is neither in the truth nor predicted."""
+        hits = self.confusion.diag().double()
+        return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
+
+    def miou(self) -> float:
+        return self.iou().nanmean().item()
+
+
+@torch.no_grad()
+def evaluate_segmentation(model, loader, num_classes: int, process: Process, mean, std, save=None) -> Evaluation:
+    """Runs `model` over `loader` (this process's share) and gathers over processes; each image counts once.
+
+    Args:
+        mean, std: normalisation of the images, per channel, on 0..1.
+        save: called with (index, prediction uint8 [H, W]) for every image.
+    """
+    model.eval()
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=process.device)
+    rows = []  # per batch: indices, A, and the cost by count
+    for images, masks, index in tqdm(loader, "evaluating", disable=not process.first, leave=False):
+        images, masks = images.to(process.device), masks.to(process.device)
+        out = model(data.normalize(images, mean, std))
+        prediction = out.logits.argmax(1)
+        valid = masks != data.IGNORE  # the mask makes the bincount's length known: ignored pixels weigh nothing
+        pairs = torch.where(valid, masks, 0).long() * num_classes + prediction
+        confusion += torch.bincount(pairs.flatten(), valid.flatten().double(), num_classes**2).long()
+        costs = {count: sum(model.real_cost(out.routes, *images.shape[-2:], count).values()) for count in model.counts}
+        rows.append((index, out.A.cpu(), {count: cost.expand(len(index)) for count, cost in costs.items()}))
+        for i, labels in zip(index.tolist(), prediction.to(torch.uint8) if save else ()):
+            save(i, labels)
+    if process.world > 1:
+        dist.all_reduce(confusion)
+        shares = [None] * process.world
+        dist.all_gather_object(shares, rows)
+        rows = [row for share in shares for row in share]
+    order = torch.cat([index for index, _, _ in rows]).argsort()
+    flops = {count: torch.cat([cost[count] for _, _, cost in rows])[order] for count in model.counts}
+    A = torch.cat([A for _, A, _ in rows])[order]
+    return Evaluation(confusion.view(num_classes, num_classes).cpu(), A, flops)
+
+
+def reestimate_batch_norm(model: nn.Module, dataset, config: Config, process: Process) -> None:
+    """Replaces the running statistics of batch norm by plain averages over `bn_batches` training batches."""
+    loader = data.train_loader(dataset, config.batch, config.workers, config.seed + 1, process.rank, process.world)
+    batches = (next_batch[0] for next_batch, _ in zip(data.forever(loader), range(config.bn_batches)))
+    update_bn((data.normalize(images.to(process.device)) for images in batches), model)
+    if process.world > 1:  # without SyncBatchNorm (on CPUs) each process saw its own images
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                dist.all_reduce(buffer)
+                buffer /= process.world
+
+
+@torch.no_grad()
+def recompute_activations(model: nn.Module, dataset, bank: kmeans.ActivationBank, config: Config, process: Process) -> None:
+    """Refills the bank in one pass over the training set with frozen weights (Figure 2 of the paper).
+
+    Batch norm uses the statistics of each batch, as in the steps whose loss will see the centres, and its running
+    statistics stay as they are.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    share = config.batch // process.world
+    for images, _, index in data.pass_loader(dataset, share, config.workers, process.rank, process.world, wrap=True):
+        bank.update(index.to(process.device), model(data.normalize(images.to(process.device))).A)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(config: Config) -> None:
+    process = start_process(config.device)
+    config = resolve(config, process.world)
+    folder = Path(config.out) / config.name
+    device = process.device
+    torch.manual_seed(config.seed)
+
+    # ============ preparing data ============
+    train_set = data.segmentation_dataset(
+        config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides)
+    val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False)
+    classes = train_set.info.classes
+    if config.k > len(train_set) or config.batch > len(train_set):
+        raise InputError(f"--k {config.k}, --batch {config.batch}: the training set has only {len(train_set)} images")
+    loader = data.train_loader(train_set, config.batch, config.workers, config.seed, process.rank, process.world)
+    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, process.rank, process.world)
+
+    # ============ building the network ============
+    model_args = dict(
+        variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
+        width=config.width, gate=config.gate, gate_space=config.gate_space)
+    model = build_model(**model_args).to(device)
+    routed = model.dim > 0
+    if process.world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if process.world > 1 else model
+    optimizer = make_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
+    bank = kmeans.ActivationBank(len(train_set), model.dim, device)
+    torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
+    clusters, next_clustering = None, config.kmeans_every
+
+    # ============ opening the run folder ============
+    log = RunLog(folder, config, process)
+
+    # ============ the alternation ============
+    best = -1.0
+    batches = data.forever(loader)
+    network.train()
+    for iteration in log.iterations():
+        images, masks, index = next(batches)
+        images, masks = data.normalize(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True).long()
+
+        # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
+        out = network(images)
+        terms = {"task": segmentation_loss(out.logits, masks)}
+        if config.lambda1:
+            ramp = losses.budget_ramp((iteration - 1) / config.iters)
+            total = model.budgeted_cost(*images.shape[-2:])
+            terms["cost"] = config.lambda1 * ramp * losses.cost_loss(out.cost, total, config.budget)
+        if config.lambda2 and clusters is not None:
+            separation = losses.clustering_loss(out.A, clusters.centers, clusters.sigma2, config.margin)
+            terms["clustering"] = config.lambda2 * separation
+        loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        schedule.step()
+
+        # (2) the bank keeps A(x) of every sample; now and then K-means moves the centres, theta fixed
+        last = iteration == config.iters
+        if routed:
+            bank.update(index.to(device), out.A)
+            if (iteration >= next_clustering or last) and bank.count >= config.k:
+                if config.activations == "recompute":
+                    recompute_activations(model, train_set, bank, config, process)
+                clusters = bank.cluster(config.k, clusters and clusters.centers, seed=config.seed)
+                next_clustering = iteration + round(config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters))
+                log.clustering(iteration, clusters, bank)
+        log.step(iteration, terms, gradient_norm, schedule, model, out, images)
+
+        # ============ evaluating and saving ============
+        if iteration % config.eval_every == 0 or last:
+            reestimate_batch_norm(model, train_set, config, process)
+            result = evaluate_segmentation(model, val_loader, len(classes), process, data.MEAN, data.STD)
+            network.train()
+            log.evaluation(iteration, result)
+            if process.first:
+                contents = dict(
+                    model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
+                    classes=list(classes), palette=[list(color) for color in train_set.info.palette],
+                    mean=list(data.MEAN), std=list(data.STD), config=dataclasses.asdict(config), iteration=iteration,
+                    miou=result.miou(), bank=bank.state_dict(),
+                    centers=None if clusters is None else clusters.centers.cpu(),
+                    sigma2=None if clusters is None else clusters.sigma2)
+                save_checkpoint(folder / "last.pt", model, **contents)
+                if result.miou() > best:
+                    best = result.miou()
+                    save_checkpoint(folder / "best.pt", model, **contents)
+    log.close()
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over labelled pixels; 0 where a crop has none."""
+    valid = (masks != data.IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, masks, ignore_index=data.IGNORE, reduction="sum") / valid
+
+
+class RunLog:
+    """The run folder and what the first process says: a tqdm bar, lines in words, and log.jsonl with the same."""
+
+    def __init__(self, folder: Path, config: Config, process: Process):
+        self.config, self.process, self.device = config, process, process.device
+        self.sums, self.health = {}, {}
+        self.started, self.steps = time.perf_counter(), 0
+        if not process.first:
+            return
+        if (folder / "last.pt").exists():
+            raise InputError(f"--name {config.name}: {folder} holds a run already; choose another name or remove it")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            self.file = open(folder / "log.jsonl", "w", buffering=1)
+        except OSError as error:
+            raise InputError(f"--out {config.out}: cannot write there ({error.strerror}); choose another folder") from None
+        self.folder = folder
+
+    def iterations(self):
+        self.bar = tqdm(range(1, self.config.iters + 1), self.config.name, disable=not self.process.first, dynamic_ncols=True)
+        return self.bar
+
+    def write(self, event: str, iteration: int, **values) -> None:
+        if self.process.first:
+            self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
+
+    def clustering(self, iteration: int, clusters: kmeans.Clusters, bank: kmeans.ActivationBank) -> None:
+        """Sizes, inter and intra after a K-means update; a collapse is said in words."""
+        if not self.process.first:
+            return
+        A = bank.values[bank.seen]
+        labels, _ = kmeans.assign(A, clusters.centers)
+        inter, intra = kmeans.inter_intra(A, labels, clusters.centers, max_samples=500)
+        self.health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
+        self.write("kmeans", iteration, **self.health)
+        collapse = kmeans.describe_collapse(clusters.sizes, inter, intra)
+        if collapse:
+            self.bar.write(f"iteration {iteration}: {collapse}")
+
+    def step(self, iteration, terms, gradient_norm, schedule, model, out, images) -> None:
+        """Adds up the loss terms on the device; every `log_every` steps reads them, with what else costs a sync."""
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
+        self.steps += 1
+        if iteration % self.config.log_every and iteration != self.config.iters:
+            return
+        values = torch.stack([torch.as_tensor(total) / self.steps for total in self.sums.values()])
+        if self.process.world > 1:
+            dist.all_reduce(values)
+            values /= self.process.world
+        record = {f"loss_{name}": round(value, 6) for name, value in zip(self.sums, values.tolist())}
+        record["lr"], record["gradient_norm"] = schedule.get_last_lr()[0], float(gradient_norm)
+        size, count = images.shape[-2:], model.counts[0]
+        record["gflops_real"] = sum(model.real_cost(out.routes, *size, count).values()).double().mean().item() / 1e9
+        if out.routes is not None:
+            record["gflops_expected"] = out.cost.mean().item() / 1e9  # cells and paths alone: what the budget sees
+        now = time.perf_counter()
+        record["images_per_second"] = self.steps * self.config.batch / (now - self.started)
+        self.write("train", iteration, **record, **self.health)
+        shown = record | {k: v for k, v in self.health.items() if k in ("sizes", "inter", "intra")}
+        hidden = ("lr", "gradient_norm")
+        self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items() if k not in hidden})
+        self.sums, self.steps, self.started = {}, 0, now
+
+    def evaluation(self, iteration: int, result: Evaluation) -> None:
+        gflops = {count: cost.double().mean().item() / 1e9 for count, cost in result.flops.items()}
+        iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
+        self.write("evaluation", iteration, miou=result.miou(), iou=iou, gflops=gflops)
+        costs = ", ".join(f"{value:.3f} ({count})" for count, value in gflops.items())
+        self.bar.write(f"iteration {iteration}: mIoU {100 * result.miou():.2f} on val, GFLOPs per image {costs}")
+        self.started, self.steps, self.sums = time.perf_counter(), 0, {}
+
+    def close(self) -> None:
+        if self.process.first:
+            self.file.close()
+            print(f"wrote {self.folder}/last.pt; evaluate it: python evaluate.py {self.folder}/last.pt")
+
+
+def main() -> None:
+    with one_line_errors(InputError, data.DataError):
+        train(parse_settings(Config, __doc__))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
