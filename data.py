@@ -97,7 +97,7 @@ SEGMENTATION: dict[str, DatasetInfo] = {
         classes=("background", "disc", "square", "triangle", "ring", "cross"),
         palette=((0, 0, 0), (230, 70, 60), (70, 130, 230), (80, 190, 90), (240, 180, 40), (170, 90, 200)),
         source="made on the fly",
-        batch=16, eval_batch=32),
+        batch=8, eval_batch=30),
 }
 
 

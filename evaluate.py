@@ -25,6 +25,7 @@ from torchvision.utils import draw_segmentation_masks
 import data
 import kmeans
 from model import InputError, OneLineParser, Process, load_checkpoint, one_line_errors, start_process
+from routing import OPEN
 from train_seg import Evaluation, evaluate_segmentation
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -100,12 +101,61 @@ def print_metrics(metrics: dict) -> None:
             print(collapse)
 
 
+def recovery(model, result: Evaluation, centers: Tensor, dataset) -> dict:
+    """How well the experts recover the subsets that are known, and what each subset's images run.
+
+    Per subset: GFLOPs (paper count), and by stride the G multiply-adds of cells and paths that ran and the share of
+    cells that ran.
+    """
+    labels, _ = kmeans.assign(result.A, centers)
+    accuracy, rand, table, match = kmeans.agreement(labels, dataset.subset)
+    backbone = model.backbone
+    costs = backbone.costs(*dataset[0][0].shape[-2:])
+    opened = result.A.view(len(labels), -1, 3) > OPEN  # [N, nodes, 3]
+    spent = opened.any(-1) * costs.cell[1:] + (opened * costs.path[1:]).sum(-1)  # [N, nodes]
+    scale = torch.tensor([s for nodes in backbone.nodes_per_layer for s in range(nodes)])
+    subsets = {}
+    for s, name in enumerate(dataset.subset_names):
+        mine = dataset.subset == s
+        by_stride = {}
+        for level in range(max(backbone.nodes_per_layer)):
+            here = scale == level
+            by_stride[4 * 2**level] = {
+                "gflops": spent[mine][:, here].sum(1).double().mean().item() / 1e9,
+                "cells_run": opened.any(-1)[mine][:, here].double().mean().item(),
+            }
+        subsets[name] = {
+            "images": int(mine.sum()),
+            "experts": table[s].tolist() + [0] * (len(centers) - table.shape[1]),
+            "matched": match[s],
+            "gflops": result.flops["paper"][mine].double().mean().item() / 1e9,
+            "by_stride": by_stride,
+        }
+    return {"accuracy": 100 * accuracy, "adjusted_rand": rand, "subset": subsets}
+
+
+def print_recovery(metrics: dict) -> None:
+    subsets = metrics["subset"]
+    experts = range(len(next(iter(subsets.values()))["experts"]))
+    strides = list(next(iter(subsets.values()))["by_stride"])
+    print(f"\nrecovered subsets: {metrics['accuracy']:.2f} % of images under the best one-to-one matching, "
+          f"adjusted Rand index {metrics['adjusted_rand']:.4f}")  # fmt: skip
+    header = "".join(f"{f'expert {k}':>10}" for k in experts) + f"{'GFLOPs':>10}"
+    print(f"{'subset':8}{header}   of them in cells and paths at stride " + " ".join(f"{s:>8}" for s in strides))
+    for name, row in subsets.items():
+        counts = "".join(f"{str(n) + ('*' if k == row['matched'] else ' '):>10}" for k, n in enumerate(row["experts"]))
+        spent = " ".join(f"{row['by_stride'][s]['gflops']:8.4f}" for s in strides)
+        print(f"{name:8}{counts}{row['gflops']:10.4f}{'':39}{spent}")
+    print("* matched to the subset")
+
+
 def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> None:
     """Evaluates on a split, prints the table, and writes it as metrics.json and the experts as experts.png beside the
     checkpoint."""
     name = arguments.dataset or checkpoint["dataset"]
     root = arguments.data or (checkpoint["data"] if name == checkpoint["dataset"] else None)
-    dataset = data.segmentation_dataset(name, root, arguments.split, train=False)
+    options = checkpoint["data_options"] if name == checkpoint["dataset"] else {}
+    dataset = data.segmentation_dataset(name, root, arguments.split, train=False, **options)
     if list(dataset.info.classes) != checkpoint["classes"]:
         raise InputError(f"--dataset {name}: its {len(dataset.info.classes)} classes are not the {len(checkpoint['classes'])} "
                          f"of {arguments.checkpoint}, which was trained on {checkpoint['dataset']}")  # fmt: skip
@@ -123,8 +173,12 @@ def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Proce
     described = {"checkpoint": str(arguments.checkpoint), "variant": checkpoint["model_args"]["variant"],
                  "dataset": name, "split": arguments.split, "iteration": checkpoint["iteration"]}  # fmt: skip
     metrics = described | summarize(result, checkpoint["classes"], centers)
+    if centers is not None and dataset.subset is not None:
+        metrics["subsets"] = recovery(model, result, centers, dataset)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     print_metrics(metrics)
+    if "subsets" in metrics:
+        print_recovery(metrics["subsets"])
     path = arguments.checkpoint.with_name("metrics.json")
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"\nwrote {path}")
@@ -152,36 +206,38 @@ def prediction_writer(folder: Path, dataset):
 
 
 @torch.no_grad()
-def predict(model, checkpoint: dict, process: Process, image: Tensor):
-    """One image uint8 [3, H, W] -> (the model's output, the image with the predicted classes laid over it)."""
+def predict(model, checkpoint: dict, process: Process, image: Tensor, opacity: float = 0.5):
+    """One image uint8 [3, H, W] -> (the model's output, the image with the predicted classes' colours over it)."""
     colors = [tuple(color) for color in checkpoint["palette"]]
     out = model(data.normalize(image[None].to(process.device), checkpoint["mean"], checkpoint["std"]))
     prediction = out.logits[0].argmax(0).cpu()
     masks = prediction == torch.arange(len(colors))[:, None, None]  # [classes, H, W]
-    return out, draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+    return out, draw_segmentation_masks(image, masks, alpha=opacity, colors=colors)
 
 
 def draw_experts(path: Path, model, checkpoint: dict, process: Process, dataset, result: Evaluation, centers: Tensor) -> None:
     """Per expert, the images nearest to its centre, and under each what is predicted for it (figure 5 of the paper)."""
     from matplotlib.figure import Figure
 
-    columns = 6
+    columns, rows = 6, 2 * len(centers)
     labels, distances = kmeans.assign(result.A, centers)
     height, width = dataset[0][0].shape[-2:]
-    panel = (1.3 * width / height, 1.3)  # inches
-    figure = Figure(figsize=(columns * panel[0] + 1.2, 2 * len(centers) * panel[1]), dpi=110, layout="constrained")
-    axes = figure.subplots(2 * len(centers), columns, squeeze=False)
+    figure = Figure(figsize=(1.4 * columns * width / height + 1.4, 1.4 * rows), dpi=100)  # inches
+    left = 1.4 / figure.get_figwidth()
+    axes = figure.subplots(
+        rows, columns, squeeze=False,
+        gridspec_kw=dict(left=left, right=0.995, bottom=0.005, top=0.995, wspace=0.03, hspace=0.03))
     for ax in axes.flat:
         ax.axis("off")
     for k in range(len(centers)):
         members = (labels == k).nonzero().flatten()
         name = f"expert {k}\n{len(members)} images"
         if len(members):
-            name += f"\n{result.flops['paper'][members].double().mean().item() / 1e9:.3f} GFLOPs"
-        axes[2 * k, 0].text(-0.08, 0.0, name, transform=axes[2 * k, 0].transAxes, ha="right", va="center", fontsize=9)
+            name += f"\n{result.flops['paper'][members].double().mean().item() / 1e9:.4f} GFLOPs"
+        figure.text(left - 0.01, 1 - (2 * k + 1) / rows, name, ha="right", va="center", fontsize=9)
         for column, i in enumerate(members[distances[members].argsort()][:columns].tolist()):
             image = dataset[i][0]
-            _, overlay = predict(model, checkpoint, process, image)
+            _, overlay = predict(model, checkpoint, process, image, opacity=0.8)
             axes[2 * k, column].imshow(image.permute(1, 2, 0).numpy())
             axes[2 * k + 1, column].imshow(overlay.permute(1, 2, 0).numpy())
     figure.savefig(path)

@@ -8,6 +8,7 @@ process works alone. `torch.distributed.group.WORLD` is None before init_process
 Needs torch alone.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -286,6 +287,33 @@ def inter_intra(A: Tensor, labels: Tensor, centers: Tensor, max_samples: int | N
     return inter, sum(intra) / len(intra) if intra else 0.0
 
 
+def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list[int]]:
+    """How well clusters recover known subsets.
+
+    labels, truth: [n] int64 >= 0, at most 8 different values each.
+    Returns (accuracy, adjusted Rand index, table, match): table [subsets, clusters] counts images; match[s] is the
+    cluster that the best one-to-one matching gives to subset s (-1 for none), accuracy the share of images in it, in
+    0..1; the index (Hubert and Arabie, 1985) is 1 for equal partitions and 0 on average for independent ones.
+    """
+    subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
+    side = max(subsets, clusters)
+    if side > 8:
+        raise ValueError(f"at most 8 subsets and clusters can be matched, not {side}")
+    table = torch.bincount(truth * side + labels, minlength=side * side).view(side, side)
+    matches = torch.tensor(list(itertools.permutations(range(side))))  # [side!, side]
+    hits = table[torch.arange(side), matches].sum(1)
+    best = matches[hits.argmax()]
+
+    def pairs(counts: Tensor) -> float:
+        return (counts.double() * (counts - 1) / 2).sum().item()
+
+    rows, columns, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
+    expected, most = rows * columns / total if total else 0.0, (rows + columns) / 2
+    rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
+    match = [m if m < clusters else -1 for m in best[:subsets].tolist()]
+    return hits.max().item() / len(labels), rand, table[:subsets, :clusters], match
+
+
 def describe_collapse(sizes, inter: float, intra: float) -> str | None:
     """One line of plain words if the clustering has collapsed, else None.
 
@@ -362,6 +390,16 @@ class ActivationBank:
         centers, labels, inertia = kmeans(A, k, init=centers, max_iter=max_iter, seed=seed, group=group)
         sizes = _gather(torch.bincount(labels, minlength=k), group).sum(dim=0).tolist()
         return Clusters(centers, sigma2(inertia, sum(sizes)), sizes, inertia)
+
+    def group(self, labels: Tensor, k: int) -> Clusters:
+        """What `cluster` returns, for groups that are known: labels [N] int64 in [0, k) of all samples, seen or not.
+        A group of which nothing is seen has its centre at 0."""
+        A, labels = self.values[self.seen].double(), labels[self.seen]
+        sizes = torch.bincount(labels, minlength=k)
+        sums = torch.zeros(k, A.shape[1], dtype=A.dtype, device=A.device).index_add_(0, labels, A)
+        centers = sums / sizes.clamp(min=1)[:, None]
+        inertia = (A - centers[labels]).square().sum().item()
+        return Clusters(centers.float(), sigma2(inertia, len(A)), sizes.tolist(), inertia)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"values": self.values, "seen": self.seen}

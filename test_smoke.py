@@ -638,6 +638,31 @@ def test_bank():
         kmeans.ActivationBank(7, 3).load_state_dict(bank.state_dict())
 
 
+def test_agreement_with_known_subsets():
+    truth = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert kmeans.agreement((truth + 1) % 3, truth)[:2] == (1.0, 1.0)
+    labels = torch.tensor([1, 1, 0, 0, 0, 0, 2, 2, 1])
+    accuracy, rand, table, match = kmeans.agreement(labels, truth)
+    assert accuracy == pytest.approx(7 / 9) and match == [1, 0, 2]
+    assert table.tolist() == [[1, 2, 0], [3, 0, 0], [0, 1, 2]]
+    # Hubert and Arabie's index from its definition: pairs on which the two partitions agree, against chance.
+    together = lambda x: {(i, j) for i in range(9) for j in range(i) if x[i] == x[j]}
+    a, b = together(labels.tolist()), together(truth.tolist())
+    expected = len(a) * len(b) / 36
+    assert rand == pytest.approx((len(a & b) - expected) / ((len(a) + len(b)) / 2 - expected))
+    accuracy, rand, _, match = kmeans.agreement(torch.zeros(9, dtype=torch.long), truth)  # one expert took all
+    assert (accuracy, rand, match.count(-1)) == (pytest.approx(1 / 3), 0.0, 2)
+
+
+def test_bank_groups_known_subsets():
+    bank = kmeans.ActivationBank(6, 2)
+    A = torch.tensor([[0.0, 1], [2, 1], [4, 4], [6, 4]])
+    bank.update(torch.tensor([0, 2, 3, 5]), A)
+    clusters = bank.group(torch.tensor([0, 0, 0, 1, 1, 1]), 3)
+    assert clusters.centers.tolist() == [[1, 1], [5, 4], [0, 0]] and clusters.sizes == [2, 2, 0]
+    assert clusters.sigma2 == pytest.approx(4 / 3)  # four samples at distance 1: sum 4, over N - 1
+
+
 # ============ K-means and bank on two processes ============
 
 
@@ -1156,7 +1181,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_norm_weights_have_no_weight_decay():
     network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
-    decayed, free = train_seg.make_optimizer(network, train_seg.Config()).param_groups
+    decayed, free = train_seg.make_optimizer(network, train_seg.Config(lr=0.1)).param_groups
     norms = {id(p) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
     assert {id(p) for p in free["params"]} == norms and free["weight_decay"] == 0 and decayed["weight_decay"] == 1e-4
     assert len(decayed["params"]) + len(norms) == len(list(network.parameters()))
@@ -1189,7 +1214,7 @@ def test_variants_are_the_methods_table():
     (["--k", "1"], "--k"), (["--lambda2", "-1"], "--lambda2"), (["--crop", "100"], "--crop"), (["--variant", "x"], "--variant"),
     (["--dataset", "cityscapes", "--data", "nowhere"], "nowhere"), (["--iters", "0"], "--iters"),
     (["--dataset", "shapes", "--k", "5000"], "--k"), (["--device", "cuda:7"], "--device"), (["--dataset", "shapes", "--data", "x"], "x"),
-    (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--width", "7", "--dataset", "shapes"], "width"),
+    (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--dataset", "shapes", "--oracle", "--k", "5"], "--oracle"), (["--width", "7", "--dataset", "shapes"], "width"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_end_in_one_line(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1305,6 +1330,33 @@ def test_one_process_trains_with(flags, tmp_path, monkeypatch):
         train_seg.main()
 
 
+@pytest.mark.parametrize("oracle", [[], ["--oracle"]])
+def test_shapes_end_with_the_recovered_subsets(oracle, tmp_path):
+    status, out, error = run(
+        HERE / "train_seg.py", "--dataset", "shapes", "--size", 32, "--hard", "--subsets", 2, "--layers", 4, "--width", 8,
+        "--iters", 6, "--warmup", 1, "--kmeans-every", 2, "--bn-batches", 2, "--workers", 0, "--device", "cpu", "--name", "s",
+        *oracle, cwd=tmp_path)  # fmt: skip
+    assert status == 0, error
+    metrics = json.loads((tmp_path / "runs" / "s" / "metrics.json").read_text())
+    subsets = metrics["subsets"]["subset"]
+    assert "recovered subsets" in out and list(subsets) == ["day", "rain"] and metrics["k"] == 2
+    assert sum(sum(row["experts"]) for row in subsets.values()) == 300
+    for row in subsets.values():  # what ran at the strides, stem, gates and head aside, is what the whole cost
+        fixed = model.build_model("divdr-a", "segmentation", 6, layers=4, width=8)
+        parts = fixed.real_cost(fixed.backbone.open_routes(), 32, 32)
+        rest = sum(parts[part].item() for part in ("stem", "gates", "head")) / 1e9
+        init = row["gflops"] - rest - sum(level["gflops"] for level in row["by_stride"].values())
+        assert -1e-9 <= init <= fixed.backbone.costs(32, 32).path[0].sum().item() / 1e9 + 1e-9
+    assert (tmp_path / "runs" / "s" / "experts.png").stat().st_size > 1000
+    _, checkpoint = model.load_checkpoint(tmp_path / "runs" / "s" / "last.pt")
+    if oracle:
+        dataset = data.segmentation_dataset("shapes", None, "train", train=False, size=32, hard=True, subsets=2)
+        seen, values = checkpoint["bank"]["seen"], checkpoint["bank"]["values"]
+        for k in range(2):
+            mine = seen & (dataset.subset == k)
+            torch.testing.assert_close(checkpoint["centers"][k], values[mine].mean(0), atol=1e-5, rtol=1e-5)
+
+
 def test_static_baseline_runs_through_the_same_loop(tmp_path, monkeypatch):
     write_camvid(tmp_path / "camvid", n=4)
     monkeypatch.chdir(tmp_path)
@@ -1360,7 +1412,7 @@ def test_miou_equals_cityscapesscripts_on_the_written_predictions(tmp_path, monk
     (tmp_path / "run").mkdir()
     model.save_checkpoint(
         tmp_path / "run" / "last.pt", network, model_args=arguments, classes=list(info.classes), palette=[list(c) for c in info.palette],
-        mean=list(data.MEAN), std=list(data.STD), dataset="cityscapes", data=str(tmp_path / "cs"), config={"k": 2},
+        mean=list(data.MEAN), std=list(data.STD), dataset="cityscapes", data=str(tmp_path / "cs"), data_options={}, config={"k": 2},
         iteration=1, centers=None)  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run" / "last.pt"), "--predictions", str(tmp_path / "out"),
                                       "--workers", "0", "--device", "cpu"])  # fmt: skip
