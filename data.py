@@ -40,8 +40,6 @@ class DataError(ValueError):
         super().__init__(str(message).strip().splitlines()[-1].split("DataError: ")[-1])
 
 
-# ============ the data sets ============
-
 @dataclass(frozen=True)
 class DatasetInfo:
     """What there is to know about a data set before a file is opened; the recipe fields are defaults of the scripts."""
@@ -148,8 +146,6 @@ def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compo
     return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
 
 
-# ============ images and label maps from files ============
-
 class LabelledImages(Dataset):
     """Images and label PNGs paired by the part of their path that both have; see `segmentation_dataset`."""
     subset = None
@@ -222,11 +218,9 @@ def read_image(path: str | os.PathLike, mode: str | None = "RGB") -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:       # Pillow's ways to say that a file is damaged
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # all are Pillow's
         raise DataError(f"{path}: cannot be read as an image (missing, damaged or cut short?); get it again") from error
 
-
-# ============ shapes: known subsets, for the controlled study ============
 
 class Look(NamedTuple):
     """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's side,
@@ -431,8 +425,6 @@ def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.nd
     return (picture + grain + 0.5).clip(0, 255).astype(np.uint8)
 
 
-# ============ loaders ============
-
 def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
                  world: int = 1) -> DataLoader:
     """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
@@ -485,7 +477,7 @@ def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     images, masks, indices = zip(*items)
     sizes = sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks})
     if len(sizes) > 1:
-        raise DataError(f"images of {', '.join(sizes[:3])} pixels cannot share a batch; use --eval-batch 1")
+        raise DataError(f"images of {', '.join(sizes[:3])} pixels cannot share a batch; give --crop in training, --eval-batch 1 in evaluation")
     return torch.stack(images), torch.stack(masks), torch.tensor(indices)
 
 

@@ -42,17 +42,19 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="likewise")
     group = parser.add_argument_group("output")
     group.add_argument("--image", type=Path, help="show this picture, or the pictures in this folder, and do nothing else")
-    group.add_argument("--out", type=Path, metavar="DIR", help="where --image writes (default: overlays, beside the checkpoint)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="where --image writes (default: overlays beside the checkpoint)")
     group.add_argument("--predictions", type=Path, metavar="DIR",
                        help="also write each prediction as a PNG of label ids, as the data set's own tools read it")  # fmt: skip
     group = parser.add_argument_group("system")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes (default: %(default)s)")
     group.add_argument("--eval-batch", type=int, help="images at a time; more than 1 needs equal sizes")
-    return parser.parse_args()
-
-
-# ------------------------------------------------------------------------------------------------ scores
+    arguments = parser.parse_args()
+    if arguments.workers < 0:
+        parser.error("--workers takes a number of at least 0")
+    if arguments.std and min(arguments.std) <= 0:
+        parser.error("--std takes numbers above 0")
+    return arguments
 
 
 def spread(values: Tensor) -> dict[str, float]:
@@ -65,7 +67,7 @@ def summarize(result: Evaluation, classes: list[str], centers: Tensor | None) ->
     """What metrics.json holds: IoU in percent, cost in G multiply-adds, distances in the units of A."""
     percent = [None if math.isnan(value) else 100 * value for value in result.iou().tolist()]
     metrics = {
-        "miou": 100 * result.miou(),
+        "miou": None if result.confusion.sum() == 0 else 100 * result.miou(),  # a test split has no labels
         "iou": dict(zip(classes, percent)),
         "images": len(result.A),
         "gflops": {count: spread(flops / 1e9) for count, flops in result.flops.items()},
@@ -86,7 +88,8 @@ def print_metrics(metrics: dict) -> None:
     print(f"\n{'class':{width}}{'IoU %':>8}")
     for name, value in metrics["iou"].items():
         print(f"{name:{width}}{'absent' if value is None else f'{value:.2f}':>8}")
-    print(f"{'mean':{width}}{metrics['miou']:8.2f}   over {metrics['images']} images")
+    mean = "no labels" if metrics["miou"] is None else f"{metrics['miou']:.2f}"
+    print(f"{'mean':{width}}{mean:>8}   over {metrics['images']} images")
     print(f"\n{'GFLOPs per image':18}{'mean':>10}{'min':>10}{'max':>10}")
     for count, values in metrics["gflops"].items():
         print(f"{count + ' count':18}" + "".join(f"{values[key]:10.3f}" for key in ("mean", "min", "max")))
@@ -159,7 +162,7 @@ def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Proce
     if list(dataset.info.classes) != checkpoint["classes"]:
         raise InputError(f"--dataset {name}: its {len(dataset.info.classes)} classes are not the {len(checkpoint['classes'])} "
                          f"of {arguments.checkpoint}, which was trained on {checkpoint['dataset']}")  # fmt: skip
-    batch = arguments.eval_batch or dataset.info.eval_batch
+    batch = dataset.info.eval_batch if arguments.eval_batch is None else arguments.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
     result = evaluate_segmentation(
@@ -200,9 +203,6 @@ def prediction_writer(folder: Path, dataset):
         Image.fromarray(label_of_class[prediction.cpu().long()].numpy()).save(path)
 
     return save
-
-
-# ------------------------------------------------------------------------------------------------ pictures
 
 
 @torch.no_grad()
@@ -254,7 +254,8 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
     for path in paths:
         image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
         out, overlay = predict(model, checkpoint, process, image)
-        target = (folder / path.relative_to(source if source.is_dir() else path.parent)).with_suffix(".png")
+        target = folder / path.relative_to(source if source.is_dir() else path.parent)
+        target = target.with_name(target.name + ".png")
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay.permute(1, 2, 0).numpy()).save(target)
         count = model.counts[0]
@@ -268,12 +269,18 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
 
 def main() -> None:
     arguments = parse_arguments()
-    with one_line_errors(InputError, data.DataError):
+    with one_line_errors(InputError, data.DataError, OSError):
         process = start_process(arguments.device)
         model, checkpoint = load_checkpoint(arguments.checkpoint, process.device)
+        missing = {"dataset", "data", "data_options", "classes", "palette", "mean", "std", "config", "centers"} - checkpoint.keys()
+        if missing:
+            raise InputError(f"{arguments.checkpoint}: holds no {sorted(missing)[0]}; give a file written by train_seg.py")
         checkpoint["mean"] = arguments.mean or checkpoint["mean"]
         checkpoint["std"] = arguments.std or checkpoint["std"]
-        (show if arguments.image else score)(arguments, model, checkpoint, process)
+        if not arguments.image:
+            score(arguments, model, checkpoint, process)
+        elif process.first:
+            show(arguments, model, checkpoint, process)
     if dist.is_initialized():
         dist.destroy_process_group()
 

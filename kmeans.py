@@ -5,7 +5,7 @@ One process or many: `group` says. With a torch.distributed group every rank hol
 number of them, none too) and calls the same function at the same time; all ranks get the same centres. With None a
 process works alone. `torch.distributed.group.WORLD` is None before init_process_group, so it fits both cases.
 
-Needs torch alone.
+Needs torch alone. Sums are in float64, which MPS lacks: with a model there, keep the bank on the CPU.
 """
 
 import itertools
@@ -19,9 +19,6 @@ from torch import Tensor
 CHUNK = 2048  # rows worked on at a time on the CPU: with D near 200 they stay in cache
 CUDA_CHUNK = 65536
 INTER_FLOOR = 1e-3  # centres closer than this are one architecture: A lies in [0, 1] per gate
-
-
-# ---------------------------------------------------------------- ranks
 
 
 def _world():
@@ -43,9 +40,6 @@ def _gather(value: Tensor, group) -> Tensor:
     parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, sent, group=group)
     return torch.stack(parts).to(value.device)
-
-
-# ---------------------------------------------------------------- K-means
 
 
 def _chunk(x: Tensor) -> int:
@@ -234,9 +228,6 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     return labels, distances
 
 
-# ---------------------------------------------------------------- what is read off the clusters
-
-
 def sigma2(inertia: float | Tensor, n: int) -> float | Tensor:
     """sigma2 = Σ ‖A − mu(x)‖² / (N − 1) of equation (2), N all samples clustered, whatever their cluster.
     One sample or none has no spread: 0, which the clustering loss raises to its floor."""
@@ -290,28 +281,28 @@ def inter_intra(A: Tensor, labels: Tensor, centers: Tensor, max_samples: int | N
 def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list[int]]:
     """How well clusters recover known subsets.
 
-    labels, truth: [n] int64 >= 0, at most 8 different values each.
+    labels, truth: [n] int64 >= 0; truth < 8.
     Returns (accuracy, adjusted Rand index, table, match): table [subsets, clusters] counts images; match[s] is the
     cluster that the best one-to-one matching gives to subset s (-1 for none), accuracy the share of images in it, in
     0..1; the index (Hubert and Arabie, 1985) is 1 for equal partitions and 0 on average for independent ones.
     """
     subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
-    side = max(subsets, clusters)
-    if side > 8:
-        raise ValueError(f"at most 8 subsets and clusters can be matched, not {side}")
-    table = torch.bincount(truth * side + labels, minlength=side * side).view(side, side)
-    matches = torch.tensor(list(itertools.permutations(range(side))))  # [side!, side]
-    hits = table[torch.arange(side), matches].sum(1)
+    if subsets > 8:
+        raise ValueError(f"at most 8 subsets can be matched, not {subsets}")
+    columns = max(subsets, clusters)
+    table = torch.bincount(truth * columns + labels, minlength=subsets * columns).view(subsets, columns)
+    matches = torch.tensor(list(itertools.permutations(range(columns), subsets)))  # [.., subsets]
+    hits = table[torch.arange(subsets), matches].sum(1)
     best = matches[hits.argmax()]
 
     def pairs(counts: Tensor) -> float:
         return (counts.double() * (counts - 1) / 2).sum().item()
 
-    rows, columns, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
-    expected, most = rows * columns / total if total else 0.0, (rows + columns) / 2
+    by_subset, by_cluster, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
+    expected, most = by_subset * by_cluster / max(total, 1), (by_subset + by_cluster) / 2
     rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
-    match = [m if m < clusters else -1 for m in best[:subsets].tolist()]
-    return hits.max().item() / len(labels), rand, table[:subsets, :clusters], match
+    match = [m if m < clusters else -1 for m in best.tolist()]
+    return hits.max().item() / len(labels), rand, table[:, :clusters], match
 
 
 def describe_collapse(sizes, inter: float, intra: float) -> str | None:
@@ -332,9 +323,6 @@ def describe_collapse(sizes, inter: float, intra: float) -> str | None:
             f"(inter {inter:.2g}, intra {intra:.2g}, sizes {sizes})"
         )
     return None
-
-
-# ---------------------------------------------------------------- bank
 
 
 class Clusters(NamedTuple):

@@ -32,9 +32,6 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line that names the file or flag and says what to do."""
 
 
-# ------------------------------------------------------------------------------------------------ variants
-
-
 @dataclass(frozen=True)
 class Variant:
     """One row of the method's table: the weights of the loss terms and the kind of gate (None: no gates)."""
@@ -54,9 +51,6 @@ VARIANTS = {
     "divdr-raw": Variant("small", lambda2=0.2),
     "deeplabv3-r101": Variant(None),
 }
-
-
-# ------------------------------------------------------------------------------------------------ segmentation
 
 
 class SegmentationOutput(NamedTuple):
@@ -214,13 +208,11 @@ def build_model(
             raise InputError(f"--layers, --width and --gate do not apply to {variant}, a network of fixed size")
         return StaticSegmenter(deeplabv3_resnet101, num_classes)
     try:
-        model = RoutedSegmenter(num_classes, layers or 16, width or 64, gate or VARIANTS[variant].gate, gate_space)
+        layers, width = 16 if layers is None else layers, 64 if width is None else width
+        model = RoutedSegmenter(num_classes, layers, width, gate or VARIANTS[variant].gate, gate_space)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return model.to(memory_format=torch.channels_last)  # pointwise convolutions are matrix products on it
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_checkpoint(path: Path | str, model: nn.Module, **contents) -> None:
@@ -245,21 +237,20 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give a checkpoint in it, such as {path}/last.pt") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; training writes them to runs/NAME/last.pt") from None
     except Exception:  # torch's reader raises anything from KeyError to struct.error on a damaged file
         raise InputError(f"{path}: not a checkpoint, or damaged, or it holds code, which is never run") from None
     if not isinstance(contents, dict) or not {"weights", "model_args"} <= contents.keys():
         raise InputError(f"{path}: holds no weights and model_args; give a file written by train_seg.py")
-    model = build_model(**contents["model_args"])
     try:
+        model = build_model(**contents["model_args"])
         model.load_state_dict(contents["weights"])
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise InputError(f"{path}: its weights do not fit the model it says it holds ({contents['model_args']})") from None
     return model.to(device).eval(), contents
-
-
-# ------------------------------------------------------------------------------------------------ commands
 
 
 def setting(default, group: str, help: str, **argument):
@@ -323,13 +314,14 @@ def start_process(device: str | None = None) -> Process:
 
     Raises InputError where `device` is not to be had.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(kind):
-        raise InputError(f"--device {device}: not available here; there is {', '.join(d for d in available if available[d])}")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    mps = torch.backends.mps.is_available() and world == 1  # gloo moves no MPS tensors
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
+    if device is None:
+        device = "cuda" if available["cuda"] else "mps" if mps else "cpu"
+    kind, _, number = device.partition(":")
+    if not available.get(kind) or number and not (kind == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
+        raise InputError(f"--device {device}: not available here; there is {', '.join(d for d in available if available[d])}")
     if world == 1:
         return Process(0, 1, torch.device(device))
     if kind == "cuda":

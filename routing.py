@@ -53,9 +53,6 @@ class Costs(NamedTuple):
         return int(self.cell.sum() + self.path.sum())
 
 
-# ------------------------------------------------------------------------------------------------ modules
-
-
 def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
     """Nodes of each layer: 2, 3, 4, 4, …, and `scales` in the last. (16) -> 61 nodes, (17, scales=5) -> 66.
 
@@ -232,7 +229,7 @@ class RoutedBackbone(nn.Module):
         for layer in [[self.init], *self.layers]:
             forced = None if alpha is None else alpha[:, first : first + len(layer)]
             arrived, reached_next, logits, activations = run_layer(layer, arrived, reached, forced)
-            decided.append(Routes(logits, activations, reached.to(x.device)))
+            decided.append(Routes(logits, activations, reached.to(x.device, non_blocking=True)))
             reached, first = reached_next, first + len(layer)
         return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
 
@@ -267,7 +264,7 @@ class RoutedBackbone(nn.Module):
             if reached[:, s].any():
                 rows = _rows(reached[:, s], device)
                 logits[rows, s] = node.logits(arrived[s][rows])
-        alpha = _alpha(logits, layer, reached.to(device), forced)
+        alpha = _alpha(logits, layer, reached.to(device, non_blocking=True), forced)
         host = alpha.detach().cpu()  # the layer's one sync: what runs next depends on these numbers
         opened, closed = host > OPEN, host.sum(-1) < OPEN
 
@@ -291,8 +288,6 @@ class RoutedBackbone(nn.Module):
             if y is None:
                 following[s] = x.new_zeros(batch, channels * 2**s, height // 2**s, width // 2**s)
         return following, _reached_next(layer, reached, closed), logits, alpha
-
-    # -------------------------------------------------------------------------------------------- cost
 
     def costs(self, height: int, width: int, count: str = "paper") -> Costs:
         """Multiply-adds of every part for one image of `height` x `width` pixels.
@@ -334,9 +329,6 @@ class RoutedBackbone(nn.Module):
         return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool))
 
 
-# ------------------------------------------------------------------------------------------------ rules of routing
-
-
 def _exists(node: Node) -> Tensor:
     """[3] bool: which of up, keep and down the node has."""
     return torch.tensor([path in node.paths for path in (UP, KEEP, DOWN)])
@@ -365,7 +357,7 @@ def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
 
 def _rows(mask: Tensor, device) -> Tensor | slice:
     """The images that a CPU mask [B] selects, as an index; all of them as a slice, which copies nothing."""
-    return slice(None) if mask.all() else mask.nonzero().flatten().to(device)
+    return slice(None) if mask.all() else mask.nonzero().flatten().to(device, non_blocking=True)
 
 
 def _deliver(following: list, to: int, y: Tensor, rows: Tensor | slice, batch: int) -> None:
@@ -381,9 +373,6 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
     """Pads [B, C, H, W] with zeros at the right and at the bottom to multiples of `stride`."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % stride, 0, -height % stride))
-
-
-# ------------------------------------------------------------------------------------------------ counting
 
 
 def conv_cost(c_in: int, c_out: int, h: int, w: int, k: int = 1, groups: int = 1) -> int:

@@ -650,6 +650,8 @@ def test_agreement_with_known_subsets():
     a, b = together(labels.tolist()), together(truth.tolist())
     expected = len(a) * len(b) / 36
     assert rand == pytest.approx((len(a & b) - expected) / ((len(a) + len(b)) / 2 - expected))
+    accuracy, _, table, _ = kmeans.agreement(torch.arange(9) + 1, truth)  # more clusters than subsets
+    assert accuracy == pytest.approx(3 / 9) and table.shape == (3, 10)
     accuracy, rand, _, match = kmeans.agreement(torch.zeros(9, dtype=torch.long), truth)  # one expert took all
     assert (accuracy, rand, match.count(-1)) == (pytest.approx(1 / 3), 0.0, 2)
 
@@ -708,6 +710,11 @@ def on_rank(rank, port, folder):
     out["clusters"] = tuple(bank.cluster(2))
     with pytest.raises(ValueError, match="at least 8"):
         bank.cluster(8)
+    # One mean over both processes; averaged over them, the gradients are those of that mean.
+    value = torch.tensor(float(rank), requires_grad=True)
+    mean = train_seg.mean_over_processes(value, model.Process(rank, 2, torch.device("cpu")))
+    (mean - 2.0).square().backward()
+    out["mean"] = mean.item(), value.grad.item() / 2
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -736,6 +743,7 @@ def test_two_processes(tmp_path):
             assert (len(a[1]), len(b[1])) == (cut, 301 - cut)
             assert torch.equal(torch.cat([a[1], b[1]]), labels)
             assert a[2] == pytest.approx(inertia, rel=1e-6, abs=1e-10)
+    assert ranks[0]["mean"] == ranks[1]["mean"] == (0.5, 2 * (0.5 - 2.0) / 2)
     for r in ranks:
         torch.testing.assert_close(r["init of rank 0"][0], single["init"][0])
         torch.testing.assert_close(r["alone"][0], single["init"][0])
@@ -1214,7 +1222,10 @@ def test_variants_are_the_methods_table():
     (["--k", "1"], "--k"), (["--lambda2", "-1"], "--lambda2"), (["--crop", "100"], "--crop"), (["--variant", "x"], "--variant"),
     (["--dataset", "cityscapes", "--data", "nowhere"], "nowhere"), (["--iters", "0"], "--iters"),
     (["--dataset", "shapes", "--k", "5000"], "--k"), (["--device", "cuda:7"], "--device"), (["--dataset", "shapes", "--data", "x"], "x"),
-    (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--dataset", "shapes", "--oracle", "--k", "5"], "--oracle"), (["--width", "7", "--dataset", "shapes"], "width"),
+    (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--dataset", "shapes", "--oracle", "--k", "5"], "--oracle"),
+    (["--dataset", "shapes", "--batch", "1"], "--batch"), (["--dataset", "shapes", "--lr", "nan"], "--lr"), (["--budget", "2"], "--budget"),
+    (["--dataset", "shapes", "--subsets", "1"], "--subsets"), (["--dataset", "shapes", "--size", "0"], "size"),
+    (["--dataset", "shapes", "--layers", "0"], "layers"), (["--device", "cpu:abc"], "--device"), (["--width", "7", "--dataset", "shapes"], "width"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_end_in_one_line(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1299,9 +1310,9 @@ def test_evaluation_knows_the_run_and_shows_pictures(trained):
 
     status, out, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--image", "camvid/val", "--device", "cpu", cwd=folder)
     assert status == 0, error
-    assert len(list((run_folder / "overlays").glob("*.png"))) == 12
+    assert len(list((run_folder / "overlays").glob("*.png.png"))) == 12
     assert len(re.findall(r"expert [01] of 2", out)) == 12
-    overlay = np.array(Image.open(run_folder / "overlays" / "00.png"))
+    overlay = np.array(Image.open(run_folder / "overlays" / "00.png.png"))
     assert overlay.shape == (64, 96, 3)
 
     status, _, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--dataset", "shapes", "--device", "cpu", cwd=folder)
@@ -1332,8 +1343,9 @@ def test_one_process_trains_with(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("oracle", [[], ["--oracle"]])
 def test_shapes_end_with_the_recovered_subsets(oracle, tmp_path):
+    launch = [] if oracle else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     status, out, error = run(
-        HERE / "train_seg.py", "--dataset", "shapes", "--size", 32, "--hard", "--subsets", 2, "--layers", 4, "--width", 8,
+        *launch, HERE / "train_seg.py", "--dataset", "shapes", "--size", 32, "--hard", "--subsets", 2, "--layers", 4, "--width", 8,
         "--iters", 6, "--warmup", 1, "--kmeans-every", 2, "--bn-batches", 2, "--workers", 0, "--device", "cpu", "--name", "s",
         *oracle, cwd=tmp_path)  # fmt: skip
     assert status == 0, error
@@ -1355,6 +1367,16 @@ def test_shapes_end_with_the_recovered_subsets(oracle, tmp_path):
         for k in range(2):
             mine = seen & (dataset.subset == k)
             torch.testing.assert_close(checkpoint["centers"][k], values[mine].mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_diverging_run_stops_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "shapes", "--size", "32", "--layers", "4", "--width", "4", "--iters", "20", "--warmup", "0", "--lr", "1e8",
+             "--log-every", "5", "--workers", "0", "--device", "cpu", "--clip", "1e8", "--variant", "dr-raw"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train_seg.main()
+    assert stopped.value.code == 2 and "try a lower --lr" in capsys.readouterr().err
 
 
 def test_static_baseline_runs_through_the_same_loop(tmp_path, monkeypatch):

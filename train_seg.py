@@ -35,13 +35,22 @@ from model import (
     VARIANTS, InputError, Process, build_model, one_line_errors, parse_settings, save_checkpoint, setting, start_process,
 )  # fmt: skip
 
-# What differs by data set: a flag that is not given takes its value from here, or (crop, batch) from the data set itself.
+# What differs by data set: a flag that is not given takes its value from here.
 # lambda2, of the DivDR variants, is 0.2 in general; on these two small sets 0.02 was measured to be better.
 RECIPES = {
     "cityscapes": dict(layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200),
     "camvid": dict(layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100, lambda2=0.02),
     "shapes": dict(layers=6, width=16, iters=2000, warmup=50, lr=0.2, eval_every=2000, bn_batches=50, lambda2=0.02),
 }
+for name, recipe in RECIPES.items():
+    info = data.SEGMENTATION[name]
+    recipe |= dict(crop=info.crop, short_sides=info.short_sides, batch=info.batch, eval_batch=info.eval_batch)
+
+
+def by_data_set(key: str, group: str, help: str, **argument):
+    """A setting whose default is in `RECIPES`."""
+    defaults = [f"{name} {recipe[key]}" for name, recipe in RECIPES.items() if recipe[key] is not None]
+    return setting(None, group, f"{help} (default: {', '.join(defaults)})", **argument)
 
 
 @dataclass
@@ -51,27 +60,29 @@ class Config:
     out: str = setting("runs", "run", "where run folders are made")
     seed: int = setting(0, "run", "seeds weights, data order, augmentation and K-means++")
     log_every: int = setting(50, "run", "iterations between log lines")
-    eval_every: int | None = setting(None, "run", "iterations between evaluations on val, each of which saves", type=int)
+    eval_every: int | None = by_data_set(
+        "eval_every", "run", "iterations between evaluations on val, each of which saves", type=int)
     # data
     dataset: str = setting("cityscapes", "data", "data set", choices=list(RECIPES))
     data: str | None = setting(None, "data", "its folder, by default data/DATASET; shapes needs none", type=str)
-    crop: int | None = setting(None, "data", "side of the square training crop, a multiple of 32", type=int)
-    short_sides: tuple | None = setting(
-        None, "data", "short sides that a training image is resized to, drawn at random", type=int, nargs="+")
+    crop: int | None = by_data_set("crop", "data", "side of the square training crop, a multiple of 32", type=int)
+    short_sides: tuple | None = by_data_set(
+        "short_sides", "data", "short sides that a training image is resized to, drawn at random", type=int, nargs="+")
     subsets: int | None = setting(None, "data", "shapes: known subsets among the images, 2 to 4 (default: 3)", type=int)
     size: int | None = setting(None, "data", "shapes: side of the images, a multiple of 32 (default: 96)", type=int)
     hard: bool = setting(False, "data", "shapes: the subsets differ in object scale alone")
-    workers: int | None = setting(None, "data", "loader processes per training process (default: 4, or what the cores allow)", type=int)
+    workers: int | None = setting(
+        None, "data", "loader processes per training process (default: 4, or what the cores allow)", type=int)
     # model
     variant: str = setting("divdr-a", "model", "row of the method's table", choices=list(VARIANTS))
-    layers: int | None = setting(None, "model", "layers of the routed backbone; 16 and 33 are the published ones", type=int)
-    width: int | None = setting(None, "model", "channels at stride 4; 64 is the published width", type=int)
+    layers: int | None = by_data_set("layers", "model", "layers of the routed backbone; 16 and 33 are the published ones", type=int)
+    width: int | None = by_data_set("width", "model", "channels at stride 4; 64 is the published width", type=int)
     gate: str | None = setting(None, "model", "what a gate looks at, by default the variant's", choices=["full", "small"])
     # optimiser
-    iters: int | None = setting(None, "optimiser", "SGD steps", type=int)
-    batch: int | None = setting(None, "optimiser", "images per step over all processes", type=int)
-    lr: float | None = setting(None, "optimiser", "learning rate after warm-up; poly decay to 0 with power 0.9", type=float)
-    warmup: int | None = setting(None, "optimiser", "steps of linear warm-up from 0.001 x lr", type=int)
+    iters: int | None = by_data_set("iters", "optimiser", "SGD steps", type=int)
+    batch: int | None = by_data_set("batch", "optimiser", "images per step over all processes", type=int)
+    lr: float | None = by_data_set("lr", "optimiser", "learning rate after warm-up; poly decay to 0 with power 0.9", type=float)
+    warmup: int | None = by_data_set("warmup", "optimiser", "steps of linear warm-up from 0.001 x lr; by itself at most iters / 10", type=int)
     momentum: float = setting(0.9, "optimiser", "momentum of SGD")
     weight_decay: float = setting(1e-4, "optimiser", "weight decay; norm weights have none")
     clip: float = setting(5.0, "optimiser", "largest gradient norm")
@@ -90,37 +101,45 @@ class Config:
     gate_space: str = setting("alpha", "method", "cluster gates after or before their non-linearity", choices=["alpha", "logit"])
     # system
     device: str | None = setting(None, "system", "cpu, cuda or mps; by default the best there is", type=str)
-    bn_batches: int | None = setting(None, "system", "training batches that batch norm is re-estimated on before evaluation", type=int)
-    eval_batch: int | None = setting(None, "system", "images at a time in evaluation; more than 1 needs equal sizes", type=int)
+    bn_batches: int | None = by_data_set("bn_batches", "system", "training batches that batch norm is re-estimated on before evaluation", type=int)
+    eval_batch: int | None = by_data_set("eval_batch", "system", "images at a time in evaluation; more than 1 needs equal sizes", type=int)
+
+
+def cores() -> int:
+    """Processor cores for each training process of this machine."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def resolve(config: Config, world: int) -> Config:
     """Fills what the flags left open from the data set's recipe and the variant; InputError where flags cannot work."""
-    info, variant = data.SEGMENTATION[config.dataset], VARIANTS[config.variant]
+    recipe, variant = RECIPES[config.dataset], VARIANTS[config.variant]
     routed = variant.gate is not None
-    recipe = RECIPES[config.dataset]
-    defaults = recipe | dict(
-        crop=info.crop, short_sides=info.short_sides, batch=info.batch, eval_batch=info.eval_batch,
-        gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget,
-        lambda2=variant.lambda2 and recipe.get("lambda2", variant.lambda2))
+    lambda2 = variant.lambda2 and recipe.get("lambda2", variant.lambda2)
+    defaults = recipe | dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
     if not routed:  # no size to choose
         defaults |= dict(layers=None, width=None)
     defaults["k"] = (config.subsets or 3) if config.dataset == "shapes" else 4
-    cores = os.cpu_count() // world  # without a GPU the loaders share them with the training itself
-    defaults["workers"] = min(4, cores if torch.cuda.is_available() else cores // 2)
+    # Without a GPU the loaders share the cores with the training itself.
+    defaults["workers"] = min(4, cores() if torch.cuda.is_available() else cores() // 2)
     defaults["name"] = f"{config.dataset}-{config.variant}-seed{config.seed}"
-    if not routed and any(value is not None for value in (config.layers, config.width, config.gate)):
-        raise InputError(f"--layers, --width and --gate do not apply to {config.variant}, a network of fixed size")
+    defaults["warmup"] = min(defaults["warmup"], (config.iters or defaults["iters"]) // 10)
     changes = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     config = dataclasses.replace(config, **changes)
 
-    minima = dict(iters=1, batch=1, warmup=0, workers=0, kmeans_every=1, k=2, log_every=1, eval_every=1, lr=0,
-                  lambda1=0, lambda2=0, margin=0, budget=0, kmeans_anneal=1, bn_batches=1, eval_batch=1, clip=0)  # fmt: skip
-    for key, least in minima.items():
-        if getattr(config, key) < least:
-            raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)}: must be at least {least}")
-    if config.batch % world:
-        raise InputError(f"--batch {config.batch}: must be a multiple of the {world} processes")
+    at_least = dict(iters=1, batch=1, warmup=0, workers=0, kmeans_every=1, log_every=1, eval_every=1, lr=0, lambda1=0,
+                    lambda2=0, margin=0, budget=0, bn_batches=1, eval_batch=1, clip=0, momentum=0, weight_decay=0, seed=0,
+                    kmeans_anneal=1, subsets=2, k=2)  # fmt: skip
+    at_most = dict(budget=1, momentum=1, seed=2**32, subsets=4, kmeans_anneal=1e6)
+    for key, least in at_least.items():
+        value, most = getattr(config, key), at_most.get(key, 1e9)
+        if value is not None and not least <= value <= most:  # nan is neither
+            allowed = f"between {least} and {most}" if key in at_most else f"at least {least}, and finite"
+            raise InputError(f"--{key.replace('_', '-')} {value}: must be {allowed}")
+    if config.short_sides is not None and min(config.short_sides) < 1:
+        raise InputError(f"--short-sides {min(config.short_sides)}: must be at least 1 pixel")
+    if config.batch // world == 1 and not torch.cuda.is_available() or config.batch == 1:
+        raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     if config.crop is not None and (config.crop < 32 or config.crop % 32):
         raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
     if not routed and (config.lambda1 or config.lambda2):
@@ -146,9 +165,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
         (norm if is_norm else rest).extend(module.parameters(recurse=False))
     groups = [dict(params=rest, weight_decay=config.weight_decay), dict(params=norm, weight_decay=0.0)]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
 
 
 @dataclass
@@ -177,15 +193,14 @@ def evaluate_segmentation(model, loader, num_classes: int, process: Process, mea
         save: called with (index, prediction uint8 [H, W]) for every image.
     """
     model.eval()
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=process.device)
+    confusion = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=process.device)  # last: pixels not labelled
     rows = []  # per batch: indices, A, and the cost by count
     for images, masks, index in tqdm(loader, "evaluating", disable=not process.first, leave=False):
         images, masks = images.to(process.device), masks.to(process.device)
         out = model(data.normalize(images, mean, std))
         prediction = out.logits.argmax(1)
-        valid = masks != data.IGNORE  # the mask makes the bincount's length known: ignored pixels weigh nothing
-        pairs = torch.where(valid, masks, 0).long() * num_classes + prediction
-        confusion += torch.bincount(pairs.flatten(), valid.flatten().double(), num_classes**2).long()
+        pairs = torch.where(masks == data.IGNORE, num_classes**2, masks.long() * num_classes + prediction)
+        confusion += torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
         costs = {count: sum(model.real_cost(out.routes, *images.shape[-2:], count).values()) for count in model.counts}
         rows.append((index, out.A.cpu(), {count: cost.expand(len(index)) for count, cost in costs.items()}))
         for i, labels in zip(index.tolist(), prediction.to(torch.uint8) if save else ()):
@@ -198,13 +213,13 @@ def evaluate_segmentation(model, loader, num_classes: int, process: Process, mea
     order = torch.cat([index for index, _, _ in rows]).argsort()
     flops = {count: torch.cat([cost[count] for _, _, cost in rows])[order] for count in model.counts}
     A = torch.cat([A for _, A, _ in rows])[order]
-    return Evaluation(confusion.view(num_classes, num_classes).cpu(), A, flops)
+    return Evaluation(confusion[:-1].view(num_classes, num_classes).cpu(), A, flops)
 
 
 def reestimate_batch_norm(model: nn.Module, dataset, config: Config, process: Process) -> None:
     """Replaces the running statistics of batch norm by plain averages over `bn_batches` training batches."""
     loader = data.train_loader(dataset, config.batch, config.workers, config.seed + 1, process.rank, process.world)
-    batches = (next_batch[0] for next_batch, _ in zip(data.forever(loader), range(config.bn_batches)))
+    batches = (images for _, (images, _, _) in zip(range(config.bn_batches), data.forever(loader)))
     update_bn((data.normalize(images.to(process.device)) for images in batches), model)
     if process.world > 1:  # without SyncBatchNorm (on CPUs) each process saw its own images
         for name, buffer in model.named_buffers():
@@ -226,41 +241,23 @@ def recompute_activations(model: nn.Module, dataset, bank: kmeans.ActivationBank
         norm.momentum = 0.0
     share = config.batch // process.world
     for images, _, index in data.pass_loader(dataset, share, config.workers, process.rank, process.world, wrap=True):
-        bank.update(index.to(process.device), model(data.normalize(images.to(process.device))).A)
+        bank.update(index, model(data.normalize(images.to(process.device))).A)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
-def train(config: Config) -> None:
-    process = start_process(config.device)
+def train(config: Config, process: Process) -> Path:
+    """The whole run; returns its last checkpoint."""
     config = resolve(config, process.world)
     folder = Path(config.out) / config.name
     device = process.device
     torch.manual_seed(config.seed)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that shares its core with a loader process holds up all the others: leave the loaders theirs.
-        torch.set_num_threads(max(1, os.cpu_count() // process.world - config.workers))
-
-    # ============ preparing data ============
-    options = {key: getattr(config, key) for key in ("subsets", "size", "hard") if getattr(config, key)}
-    train_set = data.segmentation_dataset(
-        config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides, **options)
-    val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False, **options)
-    classes = train_set.info.classes
-    if config.k > len(train_set) or config.batch > len(train_set):
-        raise InputError(f"--k {config.k}, --batch {config.batch}: the training set has only {len(train_set)} images")
-    subset = None  # the true subset of each training image, for the oracle alone
-    if config.oracle:
-        if train_set.subset is None or config.k != int(train_set.subset.max()) + 1:
-            raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
-        subset = train_set.subset.to(device)
-    loader = data.train_loader(train_set, config.batch, config.workers, config.seed, process.rank, process.world)
-    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, process.rank, process.world)
+        torch.set_num_threads(max(1, cores() - config.workers))
 
     # ============ building the network ============
+    classes = data.SEGMENTATION[config.dataset].classes
     model_args = dict(
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate, gate_space=config.gate_space)
@@ -268,17 +265,35 @@ def train(config: Config) -> None:
     routed = model.dim > 0
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if process.world > 1 else model
+    network = model
+    if process.world > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
-    bank = kmeans.ActivationBank(len(train_set), model.dim, device)
-    torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
-    clusters, next_clustering = None, config.kmeans_every
+
+    # ============ preparing data ============
+    options = {key: getattr(config, key) for key in ("subsets", "size") if getattr(config, key) is not None}
+    options |= {"hard": True} if config.hard else {}
+    train_set = data.segmentation_dataset(
+        config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides, **options)
+    val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False, **options)
+    if config.k > len(train_set):
+        raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
+    subset = None  # the true subset of each training image, for the oracle alone
+    if config.oracle:
+        if train_set.subset is None or config.k != int(train_set.subset.max()) + 1:
+            raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
+        subset = train_set.subset
+    loader = data.train_loader(train_set, config.batch, config.workers, config.seed, process.rank, process.world)
+    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, process.rank, process.world)
 
     # ============ opening the run folder ============
     log = RunLog(folder, config, process)
 
     # ============ the alternation ============
+    bank = kmeans.ActivationBank(len(train_set), model.dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
+    clusters, next_clustering = None, config.kmeans_every
+    torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
     best = -1.0
     batches = data.forever(loader)
     network.train()
@@ -292,32 +307,37 @@ def train(config: Config) -> None:
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
             total = model.budgeted_cost(*images.shape[-2:])
-            terms["cost"] = config.lambda1 * ramp * losses.cost_loss(out.cost, total, config.budget)
+            cost = mean_over_processes(out.cost.mean(), process)
+            terms["cost"] = config.lambda1 * ramp * losses.cost_loss(cost[None], total, config.budget)
         if config.lambda2 and clusters is not None:
-            own = None if subset is None else subset[index.to(device)]
+            own = None if subset is None else subset[index]
             separation = losses.clustering_loss(out.A, clusters.centers, clusters.sigma2, config.margin, own)
             terms["clustering"] = config.lambda2 * separation
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
 
         # (2) the bank keeps A(x) of every sample; now and then K-means moves the centres, theta fixed
         last = iteration == config.iters
         if routed:
-            bank.update(index.to(device), out.A)
+            bank.update(index, out.A)
             if (iteration >= next_clustering or last) and bank.count >= config.k:
                 if config.activations == "recompute":
                     recompute_activations(model, train_set, bank, config, process)
+                if not bank.values.isfinite().all():  # on every process the same
+                    raise InputError(f"iteration {iteration}: gate activations are no longer finite; try a lower --lr")
                 if subset is None:
                     clusters = bank.cluster(config.k, clusters and clusters.centers, seed=config.seed)
                 else:
-                    clusters = bank.group(subset, config.k)
-                next_clustering = iteration + round(config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters))
+                    clusters = bank.group(subset.to(bank.values.device), config.k)
+                interval = config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters)
+                next_clustering = iteration + round(interval)
                 log.clustering(iteration, clusters, bank)
-        log.step(iteration, terms, gradient_norm, schedule, model, out, images)
+        log.step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), model, out, images.shape[-2:])
 
         # ============ evaluating and saving ============
         if iteration % config.eval_every == 0 or last:
@@ -338,8 +358,17 @@ def train(config: Config) -> None:
                     best = result.miou()
                     save_checkpoint(folder / "best.pt", model, **contents)
     log.close()
-    if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
-        subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), folder / "last.pt", "--device", device.type])
+    return folder / "last.pt"
+
+
+def mean_over_processes(value: Tensor, process: Process) -> Tensor:
+    """Mean of a 0-dim tensor over all processes; its gradient is this process's share of it, times the number of
+    processes, which is what DistributedDataParallel averages."""
+    if process.world == 1:
+        return value
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    return value + (mean / process.world - value.detach())
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -352,28 +381,28 @@ class RunLog:
     """The run folder and what the first process says: a tqdm bar, lines in words, and log.jsonl with the same."""
 
     def __init__(self, folder: Path, config: Config, process: Process):
-        self.config, self.process, self.device = config, process, process.device
-        self.sums, self.health = {}, {}
+        self.config, self.process = config, process
+        self.sums: dict[str, list] = {}  # per loss term: its sum since the last log line, and of how many steps
+        self.health = {}  # of the clustering
         self.started, self.steps = time.perf_counter(), 0
         if not process.first:
             return
         if (folder / "last.pt").exists():
             raise InputError(f"--name {config.name}: {folder} holds a run already; choose another name or remove it")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            self.file = open(folder / "log.jsonl", "w", buffering=1)
-        except OSError as error:
-            raise InputError(f"--out {config.out}: cannot write there ({error.strerror}); choose another folder") from None
+        resolved = dataclasses.asdict(config) | dict(device=str(process.device), processes=process.world)
+        resolved["data"] = config.data or data.SEGMENTATION[config.dataset].root
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        self.file = open(folder / "log.jsonl", "w", buffering=1)
         self.folder = folder
 
     def iterations(self):
-        self.bar = tqdm(range(1, self.config.iters + 1), self.config.name, disable=not self.process.first, dynamic_ncols=True)
+        steps = range(1, self.config.iters + 1)
+        self.bar = tqdm(steps, self.config.name, disable=not self.process.first, dynamic_ncols=True)
         return self.bar
 
     def write(self, event: str, iteration: int, **values) -> None:
-        if self.process.first:
-            self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
+        self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
 
     def clustering(self, iteration: int, clusters: kmeans.Clusters, bank: kmeans.ActivationBank) -> None:
         """Sizes, inter and intra after a K-means update; a collapse is said in words."""
@@ -383,43 +412,53 @@ class RunLog:
         labels, _ = kmeans.assign(A, clusters.centers)
         inter, intra = kmeans.inter_intra(A, labels, clusters.centers, max_samples=500)
         self.health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
-        self.write("kmeans", iteration, **self.health)
         collapse = kmeans.describe_collapse(clusters.sizes, inter, intra)
+        self.write("kmeans", iteration, **self.health, collapse=collapse)
         if collapse:
             self.bar.write(f"iteration {iteration}: {collapse}")
 
-    def step(self, iteration, terms, gradient_norm, schedule, model, out, images) -> None:
+    def step(self, iteration: int, terms: dict, record: dict, model, out, size) -> None:
         """Adds up the loss terms on the device; every `log_every` steps reads them, with what else costs a sync."""
         for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
+            total, steps = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + term.detach(), steps + 1)
         self.steps += 1
         if iteration % self.config.log_every and iteration != self.config.iters:
             return
-        values = torch.stack([torch.as_tensor(total) / self.steps for total in self.sums.values()])
+        # Real and expected cost in one count: stem, gates and head, and of cells and paths what is open, or alpha's share.
+        parts = {part: cost.double().mean() for part, cost in model.real_cost(out.routes, *size, model.counts[0]).items()}
+        fixed = sum(cost for part, cost in parts.items() if part not in ("cells", "paths"))
+        values = [torch.as_tensor(total / steps).cpu().double() for total, steps in self.sums.values()]
+        values += [sum(parts.values()) / 1e9, (fixed + out.cost.detach().cpu().double().mean()) / 1e9]
+        values = torch.stack(values).to(torch.float32)
         if self.process.world > 1:
+            values = values.to(self.process.device)
             dist.all_reduce(values)
             values /= self.process.world
-        record = {f"loss_{name}": round(value, 6) for name, value in zip(self.sums, values.tolist())}
-        record["lr"], record["gradient_norm"] = schedule.get_last_lr()[0], float(gradient_norm)
-        size, count = images.shape[-2:], model.counts[0]
-        record["gflops_real"] = sum(model.real_cost(out.routes, *size, count).values()).double().mean().item() / 1e9
-        if out.routes is not None:
-            record["gflops_expected"] = out.cost.mean().item() / 1e9  # cells and paths alone: what the budget sees
+        names = [f"loss_{name}" for name in self.sums] + ["gflops_real", "gflops_expected"]
+        means = {name: float(f"{value:.6g}") for name, value in zip(names, values.tolist())}
+        broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise InputError(f"iteration {iteration}: {', '.join(broken)}; try a lower --lr")
         now = time.perf_counter()
-        record["images_per_second"] = self.steps * self.config.batch / (now - self.started)
-        self.write("train", iteration, **record, **self.health)
-        shown = record | {k: v for k, v in self.health.items() if k in ("sizes", "inter", "intra")}
-        hidden = ("lr", "gradient_norm")
-        self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items() if k not in hidden})
+        speed = self.steps * self.config.batch / (now - self.started)
         self.sums, self.steps, self.started = {}, 0, now
+        if self.process.first:
+            record = {key: float(value) for key, value in record.items()}
+            self.write("train", iteration, **means, **record, images_per_second=speed, **self.health)
+            shown = means | {"images/s": speed} | {k: v for k, v in self.health.items() if k != "sigma2"}
+            self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()})
 
     def evaluation(self, iteration: int, result: Evaluation) -> None:
+        """mIoU and cost on the evaluation set. The time it took counts as no training step's."""
+        self.started, self.steps = time.perf_counter(), 0
+        if not self.process.first:
+            return
         gflops = {count: cost.double().mean().item() / 1e9 for count, cost in result.flops.items()}
         iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
         self.write("evaluation", iteration, miou=result.miou(), iou=iou, gflops=gflops)
         costs = ", ".join(f"{value:.3f} ({count})" for count, value in gflops.items())
         self.bar.write(f"iteration {iteration}: mIoU {100 * result.miou():.2f} on val, GFLOPs per image {costs}")
-        self.started, self.steps, self.sums = time.perf_counter(), 0, {}
 
     def close(self) -> None:
         if self.process.first:
@@ -428,10 +467,17 @@ class RunLog:
 
 
 def main() -> None:
-    with one_line_errors(InputError, data.DataError):
-        train(parse_settings(Config, __doc__))
+    config = parse_settings(Config, __doc__)
+    with one_line_errors(InputError, data.DataError, OSError):
+        process = start_process(config.device)
+        checkpoint = train(config, process)
         if dist.is_initialized():
             dist.destroy_process_group()
+    if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
+        group = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        alone = {key: value for key, value in os.environ.items() if key not in group}
+        command = [sys.executable, Path(__file__).with_name("evaluate.py"), checkpoint, "--device", process.device.type]
+        sys.exit(subprocess.run(command, env=alone).returncode)
 
 
 if __name__ == "__main__":
