@@ -656,6 +656,15 @@ def test_agreement_with_known_subsets():
     assert (accuracy, rand, match.count(-1)) == (pytest.approx(1 / 3), 0.0, 2)
 
 
+def test_restarts_leave_a_bad_start():
+    x = torch.cat([blobs(60, 5, 1, seed=s) + 10 * s for s in (1, 2, 3)])
+    stuck = torch.stack([x[:120].mean(0), x[120:150].mean(0), x[150:].mean(0)])  # one centre for two blobs, two for one
+    bank = kmeans.ActivationBank(180, 5)
+    bank.update(torch.arange(180), x)
+    assert sorted(bank.cluster(3, stuck).sizes)[-1] == 120
+    assert bank.cluster(3, stuck, restarts=4).sizes == [60, 60, 60]
+
+
 def test_bank_groups_known_subsets():
     bank = kmeans.ActivationBank(6, 2)
     A = torch.tensor([[0.0, 1], [2, 1], [4, 4], [6, 4]])
