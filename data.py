@@ -7,7 +7,7 @@
 
 Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Every item carries its
 index in the data set, by which the activation bank and the reports know it. Whatever is wrong with the files is a
-`DataError`, one line that names the file and says what to do. This file needs torch, torchvision and Pillow only.
+`DataError`, one line that names the file and says what to do. Needs torch, torchvision, NumPy and Pillow only.
 """
 
 from __future__ import annotations
