@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -24,7 +23,10 @@ from torchvision.utils import draw_segmentation_masks
 
 import data
 import kmeans
-from model import InputError, OneLineParser, Process, load_checkpoint, one_line_errors, start_process
+from model import (
+    InputError, OneLineParser, Process, default_workers, leave_cores_to_loaders, load_checkpoint, one_line_errors,
+    start_process,
+)  # fmt: skip
 from routing import OPEN
 from train_seg import Evaluation, evaluate_segmentation
 
@@ -47,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="also write each prediction as a PNG of label ids, as the data set's own tools read it")  # fmt: skip
     group = parser.add_argument_group("system")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    group.add_argument("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes (default: %(default)s)")
+    group.add_argument("--workers", type=int, default=default_workers(), help="loader processes (default: %(default)s)")
     group.add_argument("--eval-batch", type=int, help="images at a time; more than 1 needs equal sizes")
     arguments = parser.parse_args()
     if arguments.workers < 0:
@@ -271,6 +273,7 @@ def main() -> None:
     arguments = parse_arguments()
     with one_line_errors(InputError, data.DataError, OSError):
         process = start_process(arguments.device)
+        leave_cores_to_loaders(process.device, arguments.workers)
         model, checkpoint = load_checkpoint(arguments.checkpoint, process.device)
         missing = {"dataset", "data", "data_options", "classes", "palette", "mean", "std", "config", "centers"} - checkpoint.keys()
         if missing:

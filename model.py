@@ -332,3 +332,21 @@ def start_process(device: str | None = None) -> Process:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Process(dist.get_rank(), world, torch.device(device))
+
+
+def cores() -> int:
+    """Processor cores for each process of this machine."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def default_workers() -> int:
+    """Loader processes for each process: up to 4; without a GPU they share the cores with the network itself."""
+    return min(4, cores() if torch.cuda.is_available() else cores() // 2)
+
+
+def leave_cores_to_loaders(device: torch.device, workers: int) -> None:
+    """On a CPU, no more threads than the loaders leave cores: a thread that shares its core with a loader holds up all
+    the others. OMP_NUM_THREADS overrides."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() - workers))

@@ -1233,6 +1233,7 @@ def test_variants_are_the_methods_table():
     (["--dataset", "shapes", "--k", "5000"], "--k"), (["--device", "cuda:7"], "--device"), (["--dataset", "shapes", "--data", "x"], "x"),
     (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--dataset", "shapes", "--oracle", "--k", "5"], "--oracle"),
     (["--dataset", "shapes", "--batch", "1"], "--batch"), (["--dataset", "shapes", "--lr", "nan"], "--lr"), (["--budget", "2"], "--budget"),
+    (["--variant", "dr-raw", "--lambda1", "0.5"], "--budget"),
     (["--dataset", "shapes", "--subsets", "1"], "--subsets"), (["--dataset", "shapes", "--size", "0"], "size"),
     (["--dataset", "shapes", "--layers", "0"], "layers"), (["--device", "cpu:abc"], "--device"), (["--width", "7", "--dataset", "shapes"], "width"),
 ])  # fmt: skip

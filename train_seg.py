@@ -32,7 +32,8 @@ import data
 import kmeans
 import losses
 from model import (
-    VARIANTS, InputError, Process, build_model, one_line_errors, parse_settings, save_checkpoint, setting, start_process,
+    VARIANTS, InputError, Process, build_model, default_workers, leave_cores_to_loaders, one_line_errors, parse_settings,
+    save_checkpoint, setting, start_process,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -111,12 +112,6 @@ class Config:
     eval_batch: int | None = by_data_set("eval_batch", "system", "images at a time in evaluation; more than 1 needs equal sizes", type=int)
 
 
-def cores() -> int:
-    """Processor cores for each training process of this machine."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def resolve(config: Config, world: int) -> Config:
     """Fills what the flags left open from the data set's recipe and the variant; InputError where flags cannot work."""
     recipe, variant = RECIPES[config.dataset], VARIANTS[config.variant]
@@ -126,8 +121,7 @@ def resolve(config: Config, world: int) -> Config:
     if not routed:  # no size to choose
         defaults |= dict(layers=None, width=None)
     defaults["k"] = (config.subsets or 3) if config.dataset == "shapes" else 4
-    # Without a GPU the loaders share the cores with the training itself.
-    defaults["workers"] = min(4, cores() if torch.cuda.is_available() else cores() // 2)
+    defaults["workers"] = default_workers()
     defaults["name"] = f"{config.dataset}-{config.variant}-seed{config.seed}"
     defaults["warmup"] = min(defaults["warmup"], (config.iters or defaults["iters"]) // 10)
     changes = {key: value for key, value in defaults.items() if getattr(config, key) is None}
@@ -148,6 +142,8 @@ def resolve(config: Config, world: int) -> Config:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     if config.crop is not None and (config.crop < 32 or config.crop % 32):
         raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
+    if config.lambda1 and not config.budget:
+        raise InputError(f"--lambda1 {config.lambda1}: {config.variant} has no budget; give the share to aim at with --budget")
     if not routed and (config.lambda1 or config.lambda2):
         raise InputError(f"--lambda1 and --lambda2 do not apply to {config.variant}, which has no gates")
     return config
@@ -258,9 +254,7 @@ def train(config: Config, process: Process) -> Path:
     folder = Path(config.out) / config.name
     device = process.device
     torch.manual_seed(config.seed)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # A thread that shares its core with a loader process holds up all the others: leave the loaders theirs.
-        torch.set_num_threads(max(1, cores() - config.workers))
+    leave_cores_to_loaders(device, config.workers)
 
     # ============ building the network ============
     classes = data.SEGMENTATION[config.dataset].classes
