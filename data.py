@@ -1,28 +1,38 @@
-"""Data: Cityscapes, CamVid and made-up shapes for semantic segmentation; transforms and loaders.
+"""Data: Cityscapes, CamVid, COCO and made-up shapes, for semantic segmentation and for detection; transforms, loaders.
 
     dataset = segmentation_dataset("cityscapes", None, "train", train=True)
     for images, masks, indices in forever(train_loader(dataset, batch=8, workers=4)):
         x = normalize(images.cuda())               # uint8 [B, 3, H, W] -> float, ImageNet mean and std
         ...                                        # masks: uint8 [B, H, W], IGNORE where nothing counts
 
+    dataset = detection_dataset("coco", None, "train", train=True, masks=True)
+    for images, targets, indices in forever(train_loader(dataset, batch=16, workers=4)):
+        images = [as_float(image.cuda()) for image in images]   # lists: images differ in size
+        ...                                        # targets: dicts of boxes, labels and masks
+
 Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Every item carries its
 index in the data set, by which the activation bank and the reports know it. Whatever is wrong with the files is a
-`DataError`, one line that names the file and says what to do. Needs torch, torchvision, NumPy and Pillow only.
+`DataError`, one line that names the file and says what to do. Needs torch, torchvision, NumPy and Pillow only, and
+pycocotools for detection.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import glob
+import io
 import itertools
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
@@ -425,28 +435,265 @@ def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.nd
     return (picture + grain + 0.5).clip(0, 255).astype(np.uint8)
 
 
+DETECTION = ("coco", "shapes")
+COCO_ROOT = "data/coco"
+# Where COCO 2017 keeps a split: (annotations, images), under the root.
+COCO_LAYOUT = {"train": ("annotations/instances_train2017.json", "train2017"),
+               "val": ("annotations/instances_val2017.json", "val2017"),
+               "test": ("annotations/image_info_test-dev2017.json", "test2017")}
+
+
+def detection_dataset(name: str, root: str | None, split: str, train: bool, masks: bool = False,
+                      json: str | None = None, images: str | None = None, limit: int | None = None,
+                      **shapes_options) -> Dataset:
+    """Opens one split of "coco", or of any data in its format, or of "shapes", for detection.
+
+    root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True flips
+    images at random and leaves out those without a usable object. masks: targets have instance masks.
+    json, images: annotation file and image folder to use in place of those under `root`. limit: take the first so many
+    images only. shapes_options: see `ShapesDataset`.
+
+    Items are (image uint8 [3, H, W] RGB, target, index). A target holds boxes float32 [n, 4], x1 y1 x2 y2 in pixels;
+    labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes with a side
+    under a pixel are no objects, as in torchvision's reference.
+    The data set has `.classes`, names in the order of the labels; `.category_ids`, theirs in the file; `.palette`,
+    their colours; `.coco`, pycocotools' `COCO` with the truth; `.image_ids`; `.image_name(i)`; `.aspect_ratios`, width
+    / height of each image; and `.subset`, int64 [N] where the true subset of each image is known, else None.
+    Raises DataError for what is missing or malformed.
+    """
+    if name not in DETECTION:
+        raise DataError(f"--dataset {name}: not known here; choose from {', '.join(DETECTION)}")
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
+    if name == "shapes":
+        if root is not None or json is not None or images is not None:
+            raise DataError(f"{root or json or images}: --dataset shapes is made on the fly and reads no files; leave this out")
+        return ShapesDetection(split, train, masks, limit, **shapes_options)
+    if shapes_options:
+        raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
+    default_json, default_images = (os.path.join(root or COCO_ROOT, part) for part in COCO_LAYOUT[split])
+    return CocoImages(json or default_json, images or default_images, train, masks, limit)
+
+
+def _flip_and_sanitize(train: bool) -> v2.Compose:
+    """Boxes to x1 y1 x2 y2 inside the image; what is no object any more is dropped with its label and mask."""
+    flip = [v2.RandomHorizontalFlip()] if train else []
+    return v2.Compose([v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), *flip])
+
+
+def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
+    """image [3, H, W] and tv_tensors in target -> the item, of plain tensors."""
+    image, target = transforms(tv_tensors.Image(image), target)
+    target = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
+    return image.as_subclass(torch.Tensor), target, index
+
+
+class CocoImages(datasets.CocoDetection):
+    """Images with the annotations of a COCO-format json file; see `detection_dataset`."""
+    subset = None
+
+    def __init__(self, json: str, images: str, train: bool, masks: bool, limit: int | None):
+        for path, exists, what in ((json, os.path.isfile, "annotation file"), (images, os.path.isdir, "image folder")):
+            if not exists(path):
+                raise DataError(f"{path}: no such {what}; get COCO 2017 from cocodataset.org (annotations/ beside train2017/ "
+                                "and val2017/) or name your own files; --dataset shapes needs no download")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):             # it reports its progress
+                super().__init__(images, json)
+            categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
+            self.classes, self.category_ids = [c["name"] for c in categories], [c["id"] for c in categories]
+            sizes = [(image["file_name"], image["width"], image["height"]) for image in self.coco.loadImgs(self.ids)]
+        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
+            raise DataError(f"{json}: not a COCO annotation file ({type(error).__name__}: {error}); it needs images with "
+                            "file_name, width and height, annotations, and categories") from error
+        self.json, self.train, self.masks = json, train, masks
+        self.label_of_category = {category: label for label, category in enumerate(self.category_ids, 1)}
+        self.palette = class_colours(len(self.classes))
+        self._check_files(sizes)
+        self._check_annotations()
+        if train:
+            self.ids = [id for id in self.ids if any(map(_has_area, self._objects(id)))]
+            if not self.ids:
+                raise DataError(f"{json}: no image has an object to learn from")
+        self.ids = self.ids[:limit]
+        if not self.ids:
+            raise DataError(f"{json}: lists no images")
+        self.image_ids = self.ids
+        self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
+        self.transforms = _flip_and_sanitize(train)
+
+    def _check_files(self, sizes: list[tuple[str, int, int]]) -> None:
+        """Every image is a file inside the folder."""
+        present = {os.path.relpath(os.path.join(folder, file), self.root)
+                   for folder, _, files in os.walk(self.root) for file in files}
+        for name, width, height in sizes:
+            if min(width, height) < 1:
+                raise DataError(f"{self.json}: {name} is of {width}x{height} pixels")
+            if os.path.normpath(name) not in present:
+                raise DataError(f"{os.path.join(self.root, name)}: no such image in {self.root}, but {self.json} lists it")
+
+    def _check_annotations(self) -> None:
+        """Every annotation can be used; what pycocotools takes for granted and other tools leave out is filled in."""
+        for number, annotation in self.coco.anns.items():
+            box = annotation.get("bbox")
+            if annotation.get("category_id") not in self.label_of_category:
+                raise DataError(f"{self.json}: annotation {number} is of category {annotation.get('category_id')}, which is not "
+                                "among its categories")
+            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+                raise DataError(f"{self.json}: annotation {number} has the box {box}; needed are x, y, width and height")
+            if self.masks and not annotation.get("segmentation"):
+                raise DataError(f"{self.json}: annotation {number} has no segmentation; train without --masks")
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", box[2] * box[3])
+        if 0 in self.coco.anns:                                         # pycocotools takes id 0 for "not matched"
+            for annotation in self.coco.dataset["annotations"]:
+                annotation["id"] += 1
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco.createIndex()
+
+    def _objects(self, id: int) -> list[dict]:
+        """The annotations of an image that are single objects."""
+        return [a for a in self._load_target(id) if not a.get("iscrowd")]
+
+    def image_name(self, index: int) -> str:
+        """The image's path under the image folder."""
+        return self.coco.loadImgs(self.ids[index])[0]["file_name"]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        """Raises DataError for an image that cannot be read or is not of the size that the annotations say."""
+        id = self.ids[index]
+        path, listed = os.path.join(self.root, self.image_name(index)), self.coco.imgs[id]
+        image = read_image(path)
+        height, width = image.shape[:2]
+        if (width, height) != (listed["width"], listed["height"]):
+            raise DataError(f"{path}: {width}x{height} pixels, but {self.json} says {listed['width']}x{listed['height']}")
+        objects = self._objects(id)
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width)),
+                  "labels": torch.tensor([self.label_of_category[a["category_id"]] for a in objects], dtype=torch.int64)}
+        if self.masks:
+            masks = [self.coco.annToMask(a) for a in objects]
+            target["masks"] = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, height, width))
+        return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
+
+
+def _has_area(annotation: dict) -> bool:
+    return min(annotation["bbox"][2:]) >= 1
+
+
+class ShapesDetection(Dataset):
+    """`ShapesDataset` for detection: its visible instances as boxes and masks; see `detection_dataset`."""
+
+    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, **options):
+        self.scenes = ShapesDataset(split, **options)
+        self.count = min(len(self.scenes), limit or len(self.scenes))
+        self.masks, self.transforms = masks, _flip_and_sanitize(train)
+        self.classes = list(self.scenes.info.classes[1:])               # of the masks' classes, without the background
+        self.palette = self.scenes.info.palette[1:]
+        self.category_ids = list(range(1, len(self.classes) + 1))
+        self.image_ids = list(range(self.count))
+        self.aspect_ratios = [1.0] * self.count
+        self.subset, self.subset_names = self.scenes.subset[:self.count], self.scenes.subset_names
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image_name(self, index: int) -> str:
+        return self.scenes.image_name(index)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        scene = self.scenes.scene(index)
+        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=tuple(scene.image.shape[-2:]))
+        target = {"boxes": boxes, "labels": scene.classes}
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
+        return _detection_item(scene.image, target, index, self.transforms)
+
+    @cached_property
+    def coco(self):
+        """The truth as pycocotools has it."""
+        from pycocotools import mask as rle
+        from pycocotools.coco import COCO
+
+        images, annotations = [], []
+        for i in self.image_ids:
+            scene = self.scenes.scene(i)
+            images.append({"id": i, "file_name": self.image_name(i), "width": scene.image.shape[2], "height": scene.image.shape[1]})
+            masks = rle.encode(np.asfortranarray(scene.masks.numpy().transpose(1, 2, 0).astype(np.uint8)))
+            for box, label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), masks):
+                x1, y1, x2, y2 = box
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label, "iscrowd": 0,
+                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(rle.area(mask)), "segmentation": mask})
+        categories = [{"id": id, "name": name} for id, name in zip(self.category_ids, self.classes)]
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):                 # it reports its progress
+            coco.createIndex()
+        return coco
+
+
+def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most."""
+    return tuple(tuple(int(255 * c) for c in _colour(0.5, 0.618034 * i, 0.35).ravel()) for i in range(count))
+
+
+class GroupedBatches(Sampler):
+    """This rank's share of shuffled global batches whose images are of like aspect ratio, so that little is padding.
+
+    The groups are those of torchvision's reference (k = 3: bounds at 2 to the -1, -2/3, … 1). What fills no batch of its
+    group goes into mixed batches; what fills no batch at all, fewer than `batch` images, sits this epoch out. The same
+    on every process: it depends on the seed and the epoch only.
+    """
+
+    def __init__(self, aspect_ratios: list[float], batch: int, rank: int, world: int, seed: int):
+        bounds = (2 ** np.linspace(-1, 1, 7)).tolist()
+        self.groups = torch.tensor([bisect.bisect_right(bounds, ratio) for ratio in aspect_ratios])
+        self.batch, self.rank, self.world, self.seed, self.epoch = batch, rank, world, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups) // self.batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.groups), generator=generator)
+        parts = [part for group in self.groups.unique() for part in order[self.groups[order] == group].split(self.batch)]
+        full = [part for part in parts if len(part) == self.batch]
+        mixed = torch.cat([order[:0], *(part for part in parts if len(part) < self.batch)])
+        full += [part for part in mixed.split(self.batch) if len(part) == self.batch]
+        for i in torch.randperm(len(full), generator=generator).tolist():
+            yield full[i][self.rank::self.world].tolist()
+
+
 def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
                  world: int = 1) -> DataLoader:
     """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
 
-    Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]). What does not fill a batch is
-    left out of the epoch. The order depends on the seed and the epoch only; the augmentations, on the seed with
-    workers > 0, and with workers = 0 on the random state of this process, which is the script's to seed.
+    Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]), of detection (list of images, list
+    of targets, indices), see `GroupedBatches`. What does not fill a batch is left out of the epoch. The order depends on
+    the seed and the epoch only; the augmentations, on the seed with workers > 0, and with workers = 0 on the random
+    state of this process, which is the script's to seed.
     Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
     """
     if batch < 1 or batch % world:
         raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
     if len(dataset) < batch:
-        raise DataError(f"--batch {batch}: {dataset.info.name} has only {len(dataset)} images here; use a smaller one")
+        raise DataError(f"--batch {batch}: there are only {len(dataset)} images to train on; use a smaller one")
+    generator = torch.Generator().manual_seed(seed * world + rank)
+    if hasattr(dataset, "aspect_ratios"):
+        batches = GroupedBatches(dataset.aspect_ratios, batch, rank, world, seed)
+        return _loader(dataset, workers, batch_sampler=batches, generator=generator)
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
-    return _loader(dataset, batch // world, workers, sampler, drop_last=True,
-                   generator=torch.Generator().manual_seed(seed * world + rank))
+    return _loader(dataset, workers, batch_size=batch // world, sampler=sampler, drop_last=True, generator=generator)
 
 
 def forever(loader: DataLoader, start_epoch: int = 0):
     """The batches of a `train_loader` epoch after epoch without end, each epoch in an order of its own."""
+    order = loader.batch_sampler if isinstance(loader.batch_sampler, GroupedBatches) else loader.sampler
     for epoch in itertools.count(start_epoch):
-        loader.sampler.set_epoch(epoch)
+        order.set_epoch(epoch)
         yield from loader
 
 
@@ -456,7 +703,7 @@ def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, w
 
     Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has the same
     number of full batches, which is what BN in training mode needs. Batches as in `train_loader`.
-    A batch of images that differ in size raises DataError.
+    A batch of images that differ in size raises DataError, except in detection.
     """
     if batch < 1:
         raise DataError(f"--eval-batch {batch}: use 1 or more")
@@ -465,12 +712,13 @@ def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, w
         together = batch * world
         total = -(-len(dataset) // together) * together
         indices = [i % len(dataset) for i in range(rank, total, world)]
-    return _loader(dataset, batch, workers, indices)
+    return _loader(dataset, workers, batch_size=batch, sampler=indices)
 
 
-def _loader(dataset: Dataset, batch: int, workers: int, sampler, **options) -> DataLoader:
-    return DataLoader(dataset, batch, sampler=sampler, num_workers=workers, collate_fn=_collate,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, **options)
+def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
+    collate = _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
+    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=workers > 0, **options)
 
 
 def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -481,6 +729,16 @@ def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return torch.stack(images), torch.stack(masks), torch.tensor(indices)
 
 
+def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], torch.Tensor]:
+    images, targets, indices = zip(*items)
+    return list(images), list(targets), torch.tensor(indices)
+
+
+def as_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 on 0..1, on the same device."""
+    return v2.functional.to_dtype(images, torch.float32, scale=True)
+
+
 def normalize(images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> torch.Tensor:
     """uint8 [..., 3, H, W] to float32 with `mean` taken off and `std` divided by, both on 0..1; on the same device."""
-    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), list(mean), list(std))
+    return v2.functional.normalize(as_float(images), list(mean), list(std))

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, or show what it predicts.
+"""Evaluate a checkpoint of train_seg.py or train_det.py, or show what it predicts.
 
     python evaluate.py runs/NAME/last.pt                             # scores, cost and experts; metrics.json, experts.png
     python evaluate.py runs/NAME/last.pt --split test --predictions DIR
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import data
 import kmeans
@@ -28,17 +30,21 @@ from model import (
     start_process,
 )  # fmt: skip
 from routing import OPEN
-from train_seg import Evaluation, evaluate_segmentation
+from train_det import average_precision, evaluate_detection
+from train_seg import evaluate_segmentation
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a file written by train_seg.py")
+    parser.add_argument("checkpoint", type=Path, help="a file written by train_seg.py or train_det.py")
     group = parser.add_argument_group("data (by default as in training)")
-    group.add_argument("--dataset", choices=list(data.SEGMENTATION), help="data set; its classes must be the checkpoint's")
+    group.add_argument("--dataset", choices=list(dict.fromkeys([*data.SEGMENTATION, *data.DETECTION])),
+                       help="data set; its classes must be the checkpoint's")  # fmt: skip
     group.add_argument("--data", metavar="DIR", help="its folder")
+    group.add_argument("--json", metavar="FILE", help="detection: annotations in COCO's format, in place of the split's")
+    group.add_argument("--images", metavar="DIR", help="detection: the folder of their images")
     group.add_argument("--split", default="val", choices=data.SPLITS, help="default: val")
     group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of the normalisation, on 0..1")
     group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="likewise")
@@ -46,11 +52,13 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--image", type=Path, help="show this picture, or the pictures in this folder, and do nothing else")
     group.add_argument("--out", type=Path, metavar="DIR", help="where --image writes (default: overlays beside the checkpoint)")
     group.add_argument("--predictions", type=Path, metavar="DIR",
-                       help="also write each prediction as a PNG of label ids, as the data set's own tools read it")  # fmt: skip
+                       help="segmentation: also write each prediction as a PNG of label ids, as the data set's own tools read it")  # fmt: skip
+    group.add_argument("--min-score", type=float, default=0.5,
+                       help="detection: what is drawn has at least this score (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("system")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--workers", type=int, default=default_workers(), help="loader processes (default: %(default)s)")
-    group.add_argument("--eval-batch", type=int, help="images at a time; more than 1 needs equal sizes")
+    group.add_argument("--eval-batch", type=int, help="images at a time; above 1, images should be of equal size")
     arguments = parser.parse_args()
     if arguments.workers < 0:
         parser.error("--workers takes a number of at least 0")
@@ -65,36 +73,91 @@ def spread(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
 
 
-def summarize(result: Evaluation, classes: list[str], centers: Tensor | None) -> dict:
-    """What metrics.json holds: IoU in percent, cost in G multiply-adds, distances in the units of A."""
+@dataclass
+class Score:
+    """A split, evaluated: what both tasks have in common for the report."""
+
+    dataset: object
+    A: Tensor  # [N, D]
+    flops: dict[str, Tensor]  # per count: [N] real multiply-adds of each image
+    size: tuple[int, int]  # height and width at which the first image was run
+    metrics: dict  # the task's own scores
+    table: str  # the same, as text
+
+
+def score_segmentation(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> Score:
+    dataset = open_split(arguments, checkpoint, data.segmentation_dataset)
+    classes = checkpoint["classes"]
+    batch = arguments.eval_batch or dataset.info.eval_batch
+    loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
+    save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
+    result = evaluate_segmentation(model, loader, len(classes), process, checkpoint["mean"], checkpoint["std"], save)
     percent = [None if math.isnan(value) else 100 * value for value in result.iou().tolist()]
-    metrics = {
-        "miou": None if result.confusion.sum() == 0 else 100 * result.miou(),  # a test split has no labels
-        "iou": dict(zip(classes, percent)),
-        "images": len(result.A),
-        "gflops": {count: spread(flops / 1e9) for count, flops in result.flops.items()},
-    }
-    if centers is not None:
-        labels, _ = kmeans.assign(result.A, centers)
-        inter, intra = kmeans.inter_intra(result.A, labels, centers)
-        sizes = torch.bincount(labels, minlength=len(centers))
-        metrics |= {"k": len(centers), "inter": inter, "intra": intra, "images_per_expert": sizes.tolist()}
-        metrics["gflops_per_expert"] = [
-            result.flops["paper"][labels == k].double().mean().item() / 1e9 if sizes[k] else None for k in range(len(centers))
-        ]
-    return metrics
+    miou = None if result.confusion.sum() == 0 else 100 * result.miou()  # a test split has no labels
+    width = max(map(len, classes)) + 2
+    lines = [f"{'class':{width}}{'IoU %':>8}"]
+    lines += [f"{name:{width}}{'absent' if value is None else f'{value:.2f}':>8}" for name, value in zip(classes, percent)]
+    lines += [f"{'mean':{width}}{'no labels' if miou is None else f'{miou:.2f}':>8}   over {len(result.A)} images"]
+    metrics = {"miou": miou, "iou": dict(zip(classes, percent))}
+    return Score(dataset, result.A, result.flops, dataset[0][0].shape[-2:], metrics, "\n".join(lines))
 
 
-def print_metrics(metrics: dict) -> None:
-    width = max(len(name) for name in metrics["iou"]) + 2
-    print(f"\n{'class':{width}}{'IoU %':>8}")
-    for name, value in metrics["iou"].items():
-        print(f"{name:{width}}{'absent' if value is None else f'{value:.2f}':>8}")
-    mean = "no labels" if metrics["miou"] is None else f"{metrics['miou']:.2f}"
-    print(f"{'mean':{width}}{mean:>8}   over {metrics['images']} images")
-    print(f"\n{'GFLOPs per image':18}{'mean':>10}{'min':>10}{'max':>10}")
+def score_detection(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> Score | None:
+    """Also writes detections.json, in COCO's results format, beside the checkpoint. None on all processes but the first."""
+    files = {"json": arguments.json, "images": arguments.images}
+    trained_on = checkpoint["files"].get(arguments.split, {})
+    if arguments.dataset in (None, checkpoint["dataset"]) and not arguments.data:
+        files = {key: files[key] or trained_on.get(key) for key in files}
+    dataset = open_split(arguments, checkpoint, data.detection_dataset, **files)
+    batch = arguments.eval_batch or checkpoint["config"]["eval_batch"]
+    loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
+    result = evaluate_detection(model, loader, dataset, process)
+    if result is None:
+        return None
+    path = arguments.checkpoint.with_name("detections.json")
+    path.write_text(json.dumps(result.detections) + "\n")
+    metrics, tables = {"images": len(result.A), "detections": len(result.detections)}, []
+    for name, kind in {"box": "bbox", "mask": "segm"}.items():
+        if name == "box" or checkpoint["model_args"]["masks"]:
+            labelled = bool(dataset.coco.anns)  # a test split has no labels
+            scores, table = average_precision(dataset, result.detections, kind) if labelled else (None, "no labels\n")
+            metrics[name] = scores and {key: 100 * value if value >= 0 else None for key, value in scores.items()}
+            tables.append(f"{name}, by pycocotools, over {len(result.A)} images\n{table}")
+    tables.append(f"wrote {path}")
+    rest = {part: spread(flops / 1e9) for part, flops in result.rest.items()}
+    metrics["gflops_outside_backbone"] = rest
+    tables.append("\nG multiply-adds per image outside the backbone (mean): "
+                  + ", ".join(f"{part} {values['mean']:.3f}" for part, values in rest.items()))  # fmt: skip
+    size = model.prepare([data.as_float(dataset[0][0]).to(process.device)])[0].image_sizes[0]
+    return Score(dataset, result.A, result.flops, size, metrics, "\n".join(tables))
+
+
+def open_split(arguments: argparse.Namespace, checkpoint: dict, open_dataset, **files):
+    """The data set to evaluate on, by the flags and, where they are silent, as in training."""
+    name = arguments.dataset or checkpoint["dataset"]
+    same = name == checkpoint["dataset"]
+    root = arguments.data or (checkpoint["data"] if same else None)
+    dataset = open_dataset(name, root, arguments.split, train=False, **(checkpoint["data_options"] if same else {}), **files)
+    classes = list(dataset.classes if hasattr(dataset, "classes") else dataset.info.classes)
+    if classes != checkpoint["classes"]:
+        raise InputError(f"--dataset {name}: its {len(classes)} classes are not the {len(checkpoint['classes'])} "
+                         f"of {arguments.checkpoint}, which was trained on {checkpoint['dataset']}")  # fmt: skip
+    return dataset
+
+
+def describe_experts(A: Tensor, flops: Tensor, centers: Tensor) -> dict:
+    """What metrics.json says about the experts. A: [N, D]; flops: [N], paper count; distances in the units of A."""
+    labels, _ = kmeans.assign(A, centers)
+    inter, intra = kmeans.inter_intra(A, labels, centers)
+    sizes = torch.bincount(labels, minlength=len(centers))
+    mean = [flops[labels == k].double().mean().item() / 1e9 if sizes[k] else None for k in range(len(centers))]
+    return {"k": len(centers), "inter": inter, "intra": intra, "images_per_expert": sizes.tolist(), "gflops_per_expert": mean}
+
+
+def print_cost_and_experts(metrics: dict) -> None:
+    print(f"\n{'GFLOPs per image':20}{'mean':>10}{'min':>10}{'max':>10}")
     for count, values in metrics["gflops"].items():
-        print(f"{count + ' count':18}" + "".join(f"{values[key]:10.3f}" for key in ("mean", "min", "max")))
+        print(f"{count:20}" + "".join(f"{values[key]:10.3f}" for key in ("mean", "min", "max")))
     if "k" in metrics:
         print(f"\ninter {metrics['inter']:.3f} (between the {metrics['k']} centres), intra {metrics['intra']:.3f} (within clusters)")
         print(f"{'expert':8}{'images':>8}{'share':>8}{'GFLOPs':>10}")
@@ -106,16 +169,16 @@ def print_metrics(metrics: dict) -> None:
             print(collapse)
 
 
-def recovery(model, result: Evaluation, centers: Tensor, dataset) -> dict:
+def recovery(model, result: Score, centers: Tensor) -> dict:
     """How well the experts recover the subsets that are known, and what each subset's images run.
 
     Per subset: GFLOPs (paper count), and by stride the G multiply-adds of cells and paths that ran and the share of
     cells that ran.
     """
     labels, _ = kmeans.assign(result.A, centers)
+    dataset, backbone = result.dataset, model.backbone
     accuracy, rand, table, match = kmeans.agreement(labels, dataset.subset)
-    backbone = model.backbone
-    costs = backbone.costs(*dataset[0][0].shape[-2:])
+    costs = backbone.costs(*result.size)
     opened = result.A.view(len(labels), -1, 3) > OPEN  # [N, nodes, 3]
     spent = opened.any(-1) * costs.cell[1:] + (opened * costs.path[1:]).sum(-1)  # [N, nodes]
     scale = torch.tensor([s for nodes in backbone.nodes_per_layer for s in range(nodes)])
@@ -157,38 +220,32 @@ def print_recovery(metrics: dict) -> None:
 def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> None:
     """Evaluates on a split, prints the table, and writes it as metrics.json and the experts as experts.png beside the
     checkpoint."""
-    name = arguments.dataset or checkpoint["dataset"]
-    root = arguments.data or (checkpoint["data"] if name == checkpoint["dataset"] else None)
-    options = checkpoint["data_options"] if name == checkpoint["dataset"] else {}
-    dataset = data.segmentation_dataset(name, root, arguments.split, train=False, **options)
-    if list(dataset.info.classes) != checkpoint["classes"]:
-        raise InputError(f"--dataset {name}: its {len(dataset.info.classes)} classes are not the {len(checkpoint['classes'])} "
-                         f"of {arguments.checkpoint}, which was trained on {checkpoint['dataset']}")  # fmt: skip
-    batch = dataset.info.eval_batch if arguments.eval_batch is None else arguments.eval_batch
-    loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
-    save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
-    result = evaluate_segmentation(
-        model, loader, len(checkpoint["classes"]), process, checkpoint["mean"], checkpoint["std"], save)
+    evaluate = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
+    result = evaluate(arguments, model, checkpoint, process)
     if not process.first:
         return
+    described = {"checkpoint": str(arguments.checkpoint), "variant": checkpoint["model_args"]["variant"],
+                 "dataset": arguments.dataset or checkpoint["dataset"], "split": arguments.split,
+                 "iteration": checkpoint["iteration"]}  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    print(f"\n{result.table}")
+    metrics = described | {"images": len(result.A)} | result.metrics
+    metrics["gflops"] = {count: spread(flops / 1e9) for count, flops in result.flops.items()}
     centers = checkpoint["centers"]
     if model.dim and centers is None:
         print("the checkpoint has no centres yet (it stopped before the first K-means): clustering this split instead")
         centers = kmeans.kmeans(result.A, min(checkpoint["config"]["k"], len(result.A)))[0]
-    described = {"checkpoint": str(arguments.checkpoint), "variant": checkpoint["model_args"]["variant"],
-                 "dataset": name, "split": arguments.split, "iteration": checkpoint["iteration"]}  # fmt: skip
-    metrics = described | summarize(result, checkpoint["classes"], centers)
-    if centers is not None and dataset.subset is not None:
-        metrics["subsets"] = recovery(model, result, centers, dataset)
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
-    print_metrics(metrics)
-    if "subsets" in metrics:
+    if centers is not None:
+        metrics |= describe_experts(result.A, result.flops["paper"], centers)
+    print_cost_and_experts(metrics)
+    if centers is not None and result.dataset.subset is not None:
+        metrics["subsets"] = recovery(model, result, centers)
         print_recovery(metrics["subsets"])
     path = arguments.checkpoint.with_name("metrics.json")
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"\nwrote {path}")
     if centers is not None:
-        draw_experts(path.with_name("experts.png"), model, checkpoint, process, dataset, result, centers)
+        draw_experts(path.with_name("experts.png"), model, checkpoint, process, result, centers, arguments.min_score)
         print(f"wrote {path.with_name('experts.png')}")
 
 
@@ -208,22 +265,52 @@ def prediction_writer(folder: Path, dataset):
 
 
 @torch.no_grad()
-def predict(model, checkpoint: dict, process: Process, image: Tensor, opacity: float = 0.5):
-    """One image uint8 [3, H, W] -> (the model's output, the image with the predicted classes' colours over it)."""
+def predict(model, checkpoint: dict, process: Process, image: Tensor, opacity: float = 0.5, min_score: float = 0.5,
+            names: bool = True):  # fmt: skip
+    """One image uint8 [3, H, W] -> (the model's output, the image with what is predicted drawn over it).
+
+    Segmentation: the classes' colours. Detection: boxes and masks of what scores at least `min_score`, with `names` also
+    class and score.
+    """
     colors = [tuple(color) for color in checkpoint["palette"]]
-    out = model(data.normalize(image[None].to(process.device), checkpoint["mean"], checkpoint["std"]))
-    prediction = out.logits[0].argmax(0).cpu()
-    masks = prediction == torch.arange(len(colors))[:, None, None]  # [classes, H, W]
-    return out, draw_segmentation_masks(image, masks, alpha=opacity, colors=colors)
+    if checkpoint["task"] == "segmentation":
+        out = model(data.normalize(image[None].to(process.device), checkpoint["mean"], checkpoint["std"]))
+        prediction = out.logits[0].argmax(0).cpu()
+        masks = prediction == torch.arange(len(colors))[:, None, None]  # [classes, H, W]
+        return out, draw_segmentation_masks(image, masks, alpha=opacity, colors=colors)
+    out = model([data.as_float(image.to(process.device))])
+    found = {key: value.cpu() for key, value in out.detections[0].items()}
+    kept = found["scores"] >= min_score
+    if not kept.any():
+        return out, image
+    boxes, scores, classes = found["boxes"][kept], found["scores"][kept], (found["labels"][kept] - 1).tolist()
+    colors = [colors[c] for c in classes]
+    if "masks" in found:
+        image = draw_segmentation_masks(image, found["masks"][kept, 0] > 0.5, alpha=opacity, colors=colors)
+    image = draw_bounding_boxes(image, boxes, colors=colors, width=max(1, min(image.shape[-2:]) // 120))
+    if names:
+        texts = [f"{checkpoint['classes'][c]} {score:.2f}" for c, score in zip(classes, scores.tolist())]
+        image = write_on(image, texts, boxes[:, :2].tolist())
+    return out, image
 
 
-def draw_experts(path: Path, model, checkpoint: dict, process: Process, dataset, result: Evaluation, centers: Tensor) -> None:
+def write_on(image: Tensor, texts: list[str], places: list[tuple[float, float]]) -> Tensor:
+    """Writes on an image uint8 [3, H, W] at places (x, y): white edged in black, to be read on any ground."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, min(picture.size) // 30))
+    for text, (x, y) in zip(texts, places):
+        draw.text((x + 3, y + 1), text, fill="white", font=font, stroke_width=1, stroke_fill="black")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def draw_experts(path: Path, model, checkpoint: dict, process: Process, result: Score, centers: Tensor,
+                 min_score: float) -> None:  # fmt: skip
     """Per expert, the images nearest to its centre, and under each what is predicted for it (figure 5 of the paper)."""
     from matplotlib.figure import Figure
 
     columns, rows = 6, 2 * len(centers)
     labels, distances = kmeans.assign(result.A, centers)
-    height, width = dataset[0][0].shape[-2:]
+    height, width = result.dataset[0][0].shape[-2:]
     figure = Figure(figsize=(1.4 * columns * width / height + 1.4, 1.4 * rows), dpi=100)  # inches
     left = 1.4 / figure.get_figwidth()
     axes = figure.subplots(
@@ -238,8 +325,8 @@ def draw_experts(path: Path, model, checkpoint: dict, process: Process, dataset,
             name += f"\n{result.flops['paper'][members].double().mean().item() / 1e9:.4f} GFLOPs"
         figure.text(left - 0.01, 1 - (2 * k + 1) / rows, name, ha="right", va="center", fontsize=9)
         for column, i in enumerate(members[distances[members].argsort()][:columns].tolist()):
-            image = dataset[i][0]
-            _, overlay = predict(model, checkpoint, process, image, opacity=0.8)
+            image = result.dataset[i][0]
+            _, overlay = predict(model, checkpoint, process, image, 0.8, min_score, names=False)
             axes[2 * k, column].imshow(image.permute(1, 2, 0).numpy())
             axes[2 * k + 1, column].imshow(overlay.permute(1, 2, 0).numpy())
     figure.savefig(path)
@@ -247,7 +334,7 @@ def draw_experts(path: Path, model, checkpoint: dict, process: Process, dataset,
 
 @torch.no_grad()
 def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> None:
-    """Writes each picture with its prediction laid over it, and prints which expert took it."""
+    """Writes each picture with its prediction and its expert drawn on it, and prints which expert took it."""
     source = arguments.image
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
     if not paths:
@@ -255,17 +342,19 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
     folder = arguments.out or arguments.checkpoint.with_name("overlays")
     for path in paths:
         image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-        out, overlay = predict(model, checkpoint, process, image)
-        target = folder / path.relative_to(source if source.is_dir() else path.parent)
-        target = target.with_name(target.name + ".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(overlay.permute(1, 2, 0).numpy()).save(target)
+        out, overlay = predict(model, checkpoint, process, image, min_score=arguments.min_score)
+        size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
         count = model.counts[0]
-        gflops = sum(model.real_cost(out.routes, *image.shape[-2:], count).values()).item() / 1e9
+        gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
         line = f"{path}: {gflops:.3f} GFLOPs ({count})"
         if checkpoint["centers"] is not None:
             label, distance = kmeans.assign(out.A.cpu(), checkpoint["centers"])
             line += f", expert {label.item()} of {len(checkpoint['centers'])}, {distance.item():.3f} from its centre"
+            overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
+        target = folder / path.relative_to(source if source.is_dir() else path.parent)
+        target = target.with_name(target.name + ".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay.permute(1, 2, 0).numpy()).save(target)
         print(f"{line} -> {target}")
 
 
@@ -275,11 +364,16 @@ def main() -> None:
         process = start_process(arguments.device)
         leave_cores_to_loaders(process.device, arguments.workers)
         model, checkpoint = load_checkpoint(arguments.checkpoint, process.device)
-        missing = {"dataset", "data", "data_options", "classes", "palette", "mean", "std", "config", "centers"} - checkpoint.keys()
+        missing = {"task", "dataset", "data", "data_options", "classes", "palette", "mean", "std", "config", "centers"} - checkpoint.keys()
         if missing:
-            raise InputError(f"{arguments.checkpoint}: holds no {sorted(missing)[0]}; give a file written by train_seg.py")
+            raise InputError(f"{arguments.checkpoint}: holds no {sorted(missing)[0]}; give a file written by train_seg.py or train_det.py")
         checkpoint["mean"] = arguments.mean or checkpoint["mean"]
         checkpoint["std"] = arguments.std or checkpoint["std"]
+        if checkpoint["task"] == "detection":
+            model.rcnn.transform.image_mean, model.rcnn.transform.image_std = checkpoint["mean"], checkpoint["std"]
+        for flag in ("predictions",) if checkpoint["task"] == "detection" else ("json", "images"):
+            if getattr(arguments, flag):
+                raise InputError(f"--{flag}: does not apply to {arguments.checkpoint}, a checkpoint for {checkpoint['task']}")
         if not arguments.image:
             score(arguments, model, checkpoint, process)
         elif process.first:

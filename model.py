@@ -1,7 +1,11 @@
-"""The models: variants, segmentation networks, checkpoints, and what a command needs to start one.
+"""The models: variants, segmentation networks, detectors, checkpoints, and what a command needs to start one.
 
     model = build_model("divdr-a", "segmentation", num_classes=19)
     logits, A, cost, routes = model(images)         # images [B, 3, H, W], normalised; any H and W
+
+    model = build_model("divdr-a", "detection", num_classes=80, masks=True)
+    out = model(images, targets)                    # lists, as torchvision's detectors take them; out.losses
+    out = model.eval()(images)                      # out.detections, out.A, out.routes
 
 A *routed* model is a `RoutedBackbone` with a head; a *static* one is torchvision's, behind the same interface, so that
 one training loop and one evaluation serve both.
@@ -10,11 +14,14 @@ one training loop and one evaluation serve both.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import os
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +30,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.segmentation import deeplabv3_resnet101
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from routing import RoutedBackbone, Routes, conv_bn, conv_cost, pad_to_stride
 
@@ -40,6 +53,7 @@ class Variant:
     lambda1: float = 0.0  # weight of the cost loss
     budget: float = 0.0  # the share of the full cost that the cost loss aims at
     lambda2: float = 0.0  # weight of the clustering loss
+    task: str | None = None  # the one task of a static network; None: every task
 
 
 VARIANTS = {
@@ -49,8 +63,14 @@ VARIANTS = {
     "dr-raw": Variant("full"),
     "divdr-a": Variant("small", lambda1=0.8, budget=0.1, lambda2=0.2),
     "divdr-raw": Variant("small", lambda2=0.2),
-    "deeplabv3-r101": Variant(None),
+    "deeplabv3-r101": Variant(None, task="segmentation"),
+    "r50-fpn": Variant(None, task="detection"),
 }
+
+
+def variants_of(task: str) -> list[str]:
+    """The names in `VARIANTS` that "segmentation" or "detection" can be trained with."""
+    return [name for name, variant in VARIANTS.items() if variant.task in (None, task)]
 
 
 class SegmentationOutput(NamedTuple):
@@ -160,10 +180,217 @@ class StaticSegmenter(nn.Module):
         return {"network": torch.tensor([self._costs[key]])}
 
 
+class DetectionOutput(NamedTuple):
+    losses: dict[str, Tensor]  # torchvision's, by its names; empty in evaluation
+    detections: list[dict[str, Tensor]]  # torchvision's, in the images' own pixels; empty in training
+    A: Tensor  # [B, 3·nodes] gate activations; [B, 0] of a static model
+    cost: Tensor  # [B] expected multiply-adds of cells and paths, differentiable; 0 of a static model
+    routes: Routes | None
+    sizes: list[tuple[int, int]]  # height and width of each image as the backbone saw it, without padding
+    padded: tuple[int, int]  # height and width of the batch
+    proposals: list[int]  # regions of each image that the box head looked at
+
+
+class RoutedPyramid(nn.Module):
+    """Layer17 as the feature pyramid of torchvision's detectors: P2 to P6, strides 4 to 64, by a 1x1 convolution each."""
+
+    def __init__(self, layers: int, width: int, gate: str, channels: int):
+        super().__init__()
+        self.out_channels = channels  # a name that torchvision asks for
+        self.backbone = RoutedBackbone(layers, width, gate, scales=5)
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.channels)
+        for lateral in self.laterals:
+            nn.init.kaiming_uniform_(lateral.weight, a=1)  # as torchvision starts its own pyramid
+            nn.init.zeros_(lateral.bias)
+
+    def forward(self, x: Tensor, skip: bool | None = None) -> tuple[OrderedDict[str, Tensor], Routes]:
+        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride], and the routes."""
+        features, routes = self.backbone.route(x, skip)
+        maps = [lateral(feature) for lateral, feature in zip(self.laterals, features)]
+        return OrderedDict((str(level), y) for level, y in enumerate(maps)), routes
+
+
+class Detector(nn.Module):
+    """torchvision's Faster or Mask R-CNN on a routed pyramid or, static, on its own ResNet-50-FPN.
+
+    Resizing, RPN, RoI heads, losses, assignment of anchors and post-processing are torchvision's. Images of a batch are
+    padded to a common size, of which the gates see the whole: to have an image's own route, run it alone or among its like.
+
+    Args:
+        num_classes: without the background, which is label 0; the classes are labels 1 to num_classes.
+        pyramid: the backbone; takes images whose sides are multiples of `stride`.
+        masks: also segment instances (Mask R-CNN).
+        short_sides, long_side: pixels; each image is resized so that its short side is one of `short_sides` (drawn in
+            training, the last in evaluation) and its long side at most `long_side`.
+        anchor: pixels, side of the anchors on the finest map, doubled on each coarser one. Boxes of 7 times that side
+            are pooled from stride 16 and others from the map by the same scale (32 gives torchvision's 224).
+        proposals: of the RPN per image in evaluation; twice as many in training.
+        rois: regions per image that the box head is trained on.
+        gate_space: see `RoutedSegmenter`.
+    """
+
+    counts = ("paper", "exact")
+
+    def __init__(self, num_classes: int, pyramid: nn.Module, masks: bool, short_sides: list[int], long_side: int,
+                 anchor: int, proposals: int, rois: int, gate_space: str = "alpha"):  # fmt: skip
+        super().__init__()
+        self.gate_space = gate_space
+        self.routed = isinstance(pyramid, RoutedPyramid)
+        self.stride = pyramid.backbone.stride if self.routed else 32
+        channels = pyramid.out_channels
+        options = dict(
+            min_size=tuple(short_sides), max_size=long_side, size_divisible=self.stride,
+            rpn_anchor_generator=AnchorGenerator(tuple((anchor * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),
+            rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=2 * proposals,
+            rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals, box_batch_size_per_image=rois,
+            box_roi_pool=roi_align(7, anchor),
+            box_head=TwoMLPHead(channels * 7**2, 4 * channels),
+            box_predictor=FastRCNNPredictor(4 * channels, num_classes + 1),
+        )  # fmt: skip
+        if masks:
+            options |= dict(
+                mask_roi_pool=roi_align(14, anchor),
+                mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+                mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+            )
+        self.rcnn = (MaskRCNN if masks else FasterRCNN)(pyramid, **options)
+        self._costs: dict[tuple, int] = {}
+
+    @property
+    def pyramid(self) -> nn.Module:
+        """The part that has batch norm: images [B, 3, H, W] -> maps."""
+        return self.rcnn.backbone
+
+    @property
+    def backbone(self) -> RoutedBackbone:
+        return self.pyramid.backbone
+
+    @property
+    def dim(self) -> int:
+        """Length of A(x)."""
+        return 3 * self.backbone.num_nodes if self.routed else 0
+
+    def prepare(self, images: list[Tensor], targets: list[dict] | None = None):
+        """-> (ImageList of one tensor [B, 3, H, W], resized, normalised and padded; targets to match)."""
+        images, targets = self.rcnn.transform(images, targets)
+        images.tensors = images.tensors.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> DetectionOutput:
+        """images: list of [3, H, W] on 0..1, of any size. targets, in training: a list of dicts with boxes [n, 4] as
+        x1 y1 x2 y2 in pixels, labels int64 [n] from 1, and with masks also masks uint8 [n, H, W]; n may be 0."""
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, targets = self.prepare(images, targets)
+        if self.routed:
+            maps, routes = self.pyramid(batch.tensors)
+            A, cost = self._A(routes), self.backbone.expected_cost(routes, *batch.tensors.shape[-2:])
+        else:
+            maps, routes = self.pyramid(batch.tensors), None
+            A, cost = batch.tensors.new_zeros(len(images), 0), batch.tensors.new_zeros(len(images))
+        proposals, losses = self.rcnn.rpn(batch, maps, targets)
+        detections, roi_losses = self.rcnn.roi_heads(maps, proposals, batch.image_sizes, targets)
+        detections = self.rcnn.transform.postprocess(detections, batch.image_sizes, sizes)
+        return DetectionOutput(losses | roi_losses, detections, A, cost, routes, batch.image_sizes,
+                               tuple(batch.tensors.shape[-2:]), [len(p) for p in proposals])  # fmt: skip
+
+    def activations(self, images: list[Tensor]) -> Tensor:
+        """A(x) alone, [B, 3·nodes]: no heads run."""
+        return self._A(self.pyramid(self.prepare(images)[0].tensors)[1])
+
+    def _A(self, routes: Routes) -> Tensor:
+        return routes.A if self.gate_space == "alpha" else routes.logits[:, 1:].flatten(1)
+
+    def budgeted_cost(self, height: int, width: int) -> int:
+        """C_all of the budget: `DetectionOutput.cost` with everything open."""
+        return self.backbone.costs(height, width).budgeted
+
+    def real_cost(self, routes: Routes | None, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
+        """Multiply-adds of the backbone by part, int64 [B] or, static, [1]: what the papers' tables show.
+
+        Of a static backbone "paper" counts the convolutions alone, as they do: 88.4 G for ResNet-50-FPN at 800x800.
+        """
+        if self.routed:
+            return self.backbone.real_cost(routes, height, width, count)
+        if count != "paper":
+            height, width = height + -height % self.stride, width + -width % self.stride
+        key = (height, width, count)
+        if key not in self._costs:
+            with torch.device("meta"):
+                twin, image = resnet50_fpn(frozen=False).eval(), torch.empty(1, 3, height, width)
+            self._costs[key] = count_multiply_adds(twin, image, elementwise=count == "exact")
+        return {"network": torch.tensor([self._costs[key]])}
+
+    def rest_cost(self, height: int, width: int, proposals: int, detections: int) -> dict[str, int]:
+        """Multiply-adds of an image outside the backbone, convolutions and linear layers, at the padded size.
+
+        {"laterals", "rpn", "box head", "mask head"}: the 1x1 convolutions to P2…P6 (a static backbone has its own
+        inside), the RPN, and the heads for so many proposals and detections.
+        """
+        channels = self.pyramid.out_channels
+        height, width = height + -height % self.stride, width + -width % self.stride
+        maps = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+        inputs = self.backbone.channels if self.routed else []
+        return {
+            "laterals": sum(conv_cost(c, channels, h, w) for c, (h, w) in zip(inputs, maps)),
+            "rpn": sum(h * w for h, w in maps) * self._unit_costs["rpn"],
+            "box head": proposals * self._unit_costs["box head"],
+            "mask head": detections * self._unit_costs["mask head"],
+        }
+
+    @cached_property
+    def _unit_costs(self) -> dict[str, int]:
+        """Multiply-adds of the RPN for one place, of the heads for one region."""
+        heads, x = self.rcnn.roi_heads, torch.empty(1, self.pyramid.out_channels, 1, 1, device="meta")
+        parts = {
+            "rpn": (self.rcnn.rpn.head, [x]),
+            "box head": (nn.Sequential(heads.box_head, heads.box_predictor), x.expand(-1, -1, 7, 7)),
+            "mask head": (nn.Sequential(heads.mask_head, heads.mask_predictor), x.expand(-1, -1, 14, 14)),
+        }
+        if not heads.has_mask():
+            parts["mask head"] = (nn.Identity(), x)
+        return {name: count_multiply_adds(copy.deepcopy(part).to("meta"), map_, elementwise=False)
+                for name, (part, map_) in parts.items()}  # fmt: skip
+
+
+def roi_align(side: int, anchor: int) -> MultiScaleRoIAlign:
+    """Regions of P2 to P5 as maps of side x side (P6 has none, as in torchvision).
+
+    torchvision guesses the scale of each map from the first images that it sees and keeps it, and guesses wrong where
+    these are padded by 41 % or more, as small ones can be: so the first that it sees here has no padding.
+    """
+    levels = ["0", "1", "2", "3"]
+    align = MultiScaleRoIAlign(levels, side, sampling_ratio=2, canonical_scale=7 * anchor)
+    maps = OrderedDict((level, torch.zeros(1, 1, 64 // 2**i, 64 // 2**i)) for i, level in enumerate(levels))
+    align(maps, [torch.tensor([[0.0, 0, 256, 256]])], [(256, 256)])
+    return align
+
+
+def resnet50_fpn(frozen: bool) -> nn.Module:
+    """torchvision's ResNet-50 with FPN. frozen: batch norm and the first two stages fixed, as torchvision trains it from
+    ImageNet weights; otherwise everything learns."""
+    return resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d,
+        trainable_layers=3 if frozen else 5)  # fmt: skip
+
+
+def load_resnet50(model: Detector, path: Path | str) -> int:
+    """Starts a static detector from a file of torchvision's ResNet-50 ImageNet weights; returns how many tensors it took.
+
+    Raises InputError where the file is missing, is no such file, or lacks one of the weights.
+    """
+    weights = read_file(path, "torchvision's weights of ResNet-50")
+    body = model.pyramid.body.state_dict()
+    lacking = [name for name in body if name not in weights or weights[name].shape != body[name].shape]
+    if lacking:
+        raise InputError(f"--init {path}: has no {lacking[0]} of the right shape; give torchvision's weights of ResNet-50")
+    model.pyramid.body.load_state_dict({name: weights[name] for name in body})
+    return len(body)
+
+
 def count_multiply_adds(network: nn.Module, image: Tensor, elementwise: bool = True) -> int:
     """Multiply-adds of one forward pass as the papers count: convolutions and linear layers, and (`elementwise`)
     2 per element of batch norm, 1 of ReLU and of pooling; resizing and additions are not counted."""
-    per_element = {nn.BatchNorm2d: 2, nn.ReLU: 1, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1}
+    per_element = {nn.BatchNorm2d: 2, FrozenBatchNorm2d: 2, nn.ReLU: 1, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1}
     total = 0
 
     def add(module, inputs, output):
@@ -187,32 +414,49 @@ def build_model(
     width: int | None = None,
     gate: str | None = None,
     gate_space: str = "alpha",
+    **detector,
 ) -> nn.Module:
     """The network of a variant.
 
     Args:
         variant: a key of `VARIANTS`.
-        task: "segmentation".
-        layers, width: size of a routed backbone, by default 16 and 64.
+        task: "segmentation" or "detection".
+        num_classes: of detection, without the background.
+        layers, width: size of a routed backbone, by default 64 wide with 16 layers, in detection 17.
         gate: "full" or "small", by default the variant's.
         gate_space: see `RoutedSegmenter`.
+        detector: of detection alone: pyramid (channels of the maps, 256; the heads' widths follow), masks (False),
+            short_sides ((800,)), long_side (1333), anchor (32), proposals (1000), rois (512), see `Detector`; frozen
+            (False), see `resnet50_fpn`.
 
     Raises InputError on an unknown variant or task, and on sizes that cannot be built or do not apply.
     """
     if variant not in VARIANTS:
         raise InputError(f"--variant {variant}: unknown; choose one of {', '.join(VARIANTS)}")
-    if task != "segmentation":
-        raise InputError(f"task {task!r}: unknown; known is 'segmentation'")
-    if VARIANTS[variant].gate is None:
-        if any(value is not None for value in (layers, width, gate)):
-            raise InputError(f"--layers, --width and --gate do not apply to {variant}, a network of fixed size")
-        return StaticSegmenter(deeplabv3_resnet101, num_classes)
+    if task not in ("segmentation", "detection"):
+        raise InputError(f"task {task!r}: unknown; known are 'segmentation' and 'detection'")
+    if VARIANTS[variant].task not in (None, task):
+        raise InputError(f"--variant {variant}: a network for {VARIANTS[variant].task}; choose one of {', '.join(variants_of(task))}")
+    static = VARIANTS[variant].gate is None
+    if static and any(value is not None for value in (layers, width, gate, detector.get("pyramid"))):
+        raise InputError(f"--layers, --width, --gate and --pyramid do not apply to {variant}, a network of fixed size")
+    width, gate = 64 if width is None else width, gate or VARIANTS[variant].gate
     try:
-        layers, width = 16 if layers is None else layers, 64 if width is None else width
-        model = RoutedSegmenter(num_classes, layers, width, gate or VARIANTS[variant].gate, gate_space)
+        if task == "detection":
+            model = _build_detector(static, num_classes, 17 if layers is None else layers, width, gate, gate_space, **detector)
+        elif static:
+            model = StaticSegmenter(deeplabv3_resnet101, num_classes, **detector)
+        else:
+            model = RoutedSegmenter(num_classes, 16 if layers is None else layers, width, gate, gate_space, **detector)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return model.to(memory_format=torch.channels_last)  # pointwise convolutions are matrix products on it
+
+
+def _build_detector(static, num_classes, layers, width, gate, gate_space, pyramid=None, masks=False, short_sides=(800,),
+                    long_side=1333, anchor=32, proposals=1000, rois=512, frozen=False) -> Detector:  # fmt: skip
+    body = resnet50_fpn(frozen) if static else RoutedPyramid(layers, width, gate, 256 if pyramid is None else pyramid)
+    return Detector(num_classes, body, masks, short_sides, long_side, anchor, proposals, rois, gate_space)
 
 
 def save_checkpoint(path: Path | str, model: nn.Module, **contents) -> None:
@@ -235,16 +479,9 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
 
     Nothing in the file is executed. Raises InputError where it is missing, unreadable or no checkpoint.
     """
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder; give a checkpoint in it, such as {path}/last.pt") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; training writes them to runs/NAME/last.pt") from None
-    except Exception:  # torch's reader raises anything from KeyError to struct.error on a damaged file
-        raise InputError(f"{path}: not a checkpoint, or damaged, or it holds code, which is never run") from None
-    if not isinstance(contents, dict) or not {"weights", "model_args"} <= contents.keys():
-        raise InputError(f"{path}: holds no weights and model_args; give a file written by train_seg.py")
+    contents = read_file(path, "a checkpoint; training writes them to runs/NAME/last.pt")
+    if not {"weights", "model_args"} <= contents.keys():
+        raise InputError(f"{path}: holds no weights and model_args; give a file written by train_seg.py or train_det.py")
     try:
         model = build_model(**contents["model_args"])
         model.load_state_dict(contents["weights"])
@@ -253,31 +490,64 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
     return model.to(device).eval(), contents
 
 
-def setting(default, group: str, help: str, **argument):
-    """A field of a settings dataclass: its default, its group in --help, its meaning, and argparse's own keywords."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **argument})
+def read_file(path: Path | str, wanted: str) -> dict:
+    """What `torch.save` wrote to a file, with tensors on the CPU. Nothing in the file is executed.
+
+    Raises InputError, with what is `wanted` in it, where the file is missing, unreadable or holds no dict.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give a file in it, such as {path}/last.pt") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; wanted is {wanted}") from None
+    except Exception:  # torch's reader raises anything from KeyError to struct.error on a damaged file
+        raise InputError(f"{path}: not a file of torch.save, or damaged, or it holds code, which is never run; wanted is {wanted}") from None
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: holds a {type(contents).__name__}; wanted is {wanted}")
+    return contents
 
 
-def parse_settings(settings, description: str, arguments: list[str] | None = None):
+def setting(default, group: str, help: str, least: float | None = None, most: float | None = None, **argument):
+    """A field of a settings dataclass: its default, its group in --help, its meaning, the range that `check_ranges`
+    holds it to (both ends allowed), and argparse's own keywords."""
+    metadata = {"group": group, "help": help, "least": least, "most": most, "argument": argument}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_settings(settings, description: str, recipes: dict[str, dict], arguments: list[str] | None = None):
     """The command line -> an instance of the dataclass `settings`, each of whose fields was made by `setting`.
 
-    Underscores become dashes. Prints one line and exits with 2 where the flags are wrong.
+    Underscores become dashes. recipes: per data set, the values of fields whose default is None, for --help.
+    Prints one line and exits with 2 where the flags are wrong.
     """
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(settings):
-        argument = dict(field.metadata)
-        title, text = argument.pop("group"), argument.pop("help")
+        title, text, argument = field.metadata["group"], field.metadata["help"], dict(field.metadata["argument"])
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
+        by_data_set = [f"{name} {recipe[field.name]}" for name, recipe in recipes.items() if recipe.get(field.name) is not None]
         if isinstance(field.default, bool):
             argument["action"] = argparse.BooleanOptionalAction
         elif "action" not in argument:
             argument.setdefault("type", type(field.default))
         if field.default is not None and not isinstance(field.default, bool):
             text += f" (default: {field.default})"
+        elif by_data_set:
+            text += f" (default: {', '.join(by_data_set)})"
         groups[title].add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **argument)
     return settings(**vars(parser.parse_args(arguments)))
+
+
+def check_ranges(settings) -> None:
+    """InputError for the first field, or number in a field, outside the range of its `setting`."""
+    for field in dataclasses.fields(settings):
+        least, most, value = field.metadata["least"], field.metadata["most"], getattr(settings, field.name)
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if least is not None and number is not None and not least <= number <= (1e9 if most is None else most):  # nan fails
+                allowed = f"at least {least}, and finite" if most is None else f"between {least} and {most}"
+                raise InputError(f"--{field.name.replace('_', '-')} {number}: must be {allowed}")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -26,6 +26,7 @@ import kmeans
 import losses
 import model
 import routing
+import train_det
 import train_seg
 
 HERE = Path(__file__).resolve().parent
@@ -1220,7 +1221,7 @@ def test_variants_are_the_methods_table():
     table = {"dr-a": (0.8, 0.1, 0, "small"), "dr-b": (0.5, 0.1, 0, "small"), "dr-c": (0.5, 0.2, 0, "small"),
              "dr-raw": (0, 0, 0, "full"), "divdr-a": (0.8, 0.1, 0.2, "small"), "divdr-raw": (0, 0, 0.2, "small")}  # fmt: skip
     for name, (lambda1, budget, lambda2, gate) in table.items():
-        config = train_seg.resolve(train_seg.Config(variant=name), world=1)
+        config = train_seg.resolve(train_seg.Config(variant=name), train_seg.RECIPES, world=1)
         assert (config.lambda1, config.budget, config.lambda2, config.gate) == (lambda1, budget, lambda2, gate)
         assert (config.k, config.margin, config.kmeans_every, config.batch, config.crop) == (4, 5.0, 50, 8, 768)
         assert (config.iters, config.lr, config.warmup, config.clip) == (180_000, 0.05, 1000, 5.0)
@@ -1313,7 +1314,7 @@ def test_evaluation_knows_the_run_and_shows_pictures(trained):
     for count in ("paper", "exact"):
         gflops = metrics["gflops"][count]
         assert 0 < gflops["min"] <= gflops["mean"] <= gflops["max"]
-    assert "mean" in out and "expert" in out and "paper count" in out
+    assert "mean" in out and "expert" in out and "\npaper  " in out
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     during = [e for e in log if e["event"] == "evaluation"][-1]["miou"]
     assert metrics["miou"] == pytest.approx(100 * during, abs=1e-6)  # one process counts what two counted
@@ -1402,17 +1403,443 @@ def test_static_baseline_runs_through_the_same_loop(tmp_path, monkeypatch):
     assert list(metrics["gflops"]) == ["exact"] and "inter" not in metrics
 
 
-def test_batch_norm_is_reestimated_as_plain_averages(tmp_path):
-    config = train_seg.Config(dataset="shapes", batch=4, bn_batches=3, workers=0)
-    dataset = data.segmentation_dataset("shapes", None, "train", train=True, size=32, n_train=16)
+def test_batch_norm_is_reestimated_as_plain_averages():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 3, 8, 8, generator=generator) * 3 + 1 for _ in range(3)]
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    train_seg.reestimate_batch_norm(network, dataset, config, model.Process(0, 1, torch.device("cpu")))
-    loader = data.train_loader(dataset, 4, 0, config.seed + 1)
+    train_seg.reestimate_batch_norm(network, iter(batches), model.Process(0, 1, torch.device("cpu")))
+    torch.testing.assert_close(network[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
+    torch.testing.assert_close(network[0].running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
+
+
+# ============ detection ============
+
+
+def write_coco(root, split="train", sizes=((60, 80), (80, 60), (64, 64), (60, 80), (50, 90)), seed=0):
+    """A COCO 2017 tree: bright boxes of category 7 and dark ones of category 3 on grey; image 3 has a crowd and nothing
+    else, image 4 no annotation at all, image 0 a box without width. Returns the parsed json."""
+    rng = np.random.default_rng(seed)
+    (root / f"{split}2017").mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for i, (height, width) in enumerate(sizes):
+        picture = np.full((height, width, 3), 120, np.uint8)
+        images.append(dict(id=100 + 7 * i, file_name=f"{i:012d}.jpg", width=width, height=height))
+        common = dict(image_id=100 + 7 * i, iscrowd=0)
+        for _ in range(0 if i in (3, 4) else 3):
+            x, y, w, h = (int(v) for v in (rng.integers(0, width - 30), rng.integers(0, height - 30), *rng.integers(12, 30, 2)))
+            category = int(rng.choice([3, 7]))
+            picture[y : y + h, x : x + w] = {3: 20, 7: 230}[category]
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotations.append(common | dict(category_id=category, bbox=[x, y, w, h], area=w * h, segmentation=[corners]))
+        if i == 0:
+            annotations.append(common | dict(category_id=3, bbox=[5, 5, 0, 9], area=0, segmentation=[[5, 5, 5, 14, 5, 9]]))
+        if i == 3:
+            counts = [width * 10, height * 5, (width - 5) * height - width * 10]
+            annotations.append(common | dict(category_id=7, bbox=[8, 0, 9, height], area=height * 5, iscrowd=1,
+                                             segmentation=dict(size=[height, width], counts=counts)))  # fmt: skip
+        Image.fromarray(picture).save(root / f"{split}2017" / f"{i:012d}.jpg", quality=95)
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    contents = dict(images=images, annotations=annotations, categories=[dict(id=7, name="bright"), dict(id=3, name="dark")])
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(contents))
+    return contents
+
+
+def small_detector(**arguments):
+    sizes = dict(layers=4, width=4, pyramid=16, short_sides=(64,), long_side=128, anchor=8, proposals=50, rois=32)
+    return model.build_model(arguments.pop("variant", "dr-raw"), "detection", 2, **sizes | arguments)
+
+
+def test_detector_structure():
+    detector = model.build_model("divdr-a", "detection", 80)
+    assert (detector.dim, detector.backbone.num_nodes, detector.stride) == (198, 66, 64)
+    maps, _ = detector.pyramid.eval()(torch.zeros(1, 3, 64, 128))
+    assert [tuple(y.shape) for y in maps.values()] == [(1, 256, 16 // 2**s, 32 // 2**s) for s in range(5)]
+    assert detector.rcnn.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert detector.rcnn.roi_heads.box_roi_pool.canonical_scale == 224
+    for gate, published in (("full", 38.336), ("small", 33.110)):
+        detector = model.build_model("divdr-a", "detection", 80, gate=gate)
+        cost = detector.real_cost(detector.backbone.open_routes(), 800, 800, "paper")
+        assert sum(cost.values()).item() / 1e9 == pytest.approx(published, abs=5e-4)
+
+
+def test_static_detector_counts_what_others_publish():
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    detector = model.build_model("r50-fpn", "detection", 90)  # torchvision's has 91 classes, the background among them
+    backbone = detector.real_cost(None, 800, 800, "paper")["network"].item()
+    assert backbone / 1e9 == pytest.approx(88.381, abs=5e-4)  # the paper: 88.4
+    rest = detector.rest_cost(800, 800, proposals=1000, detections=100)
+    published = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]
+    assert (backbone + sum(rest.values())) / 1e9 == pytest.approx(published, abs=0.01)
+    with pytest.raises(model.InputError, match="segmentation"):
+        model.build_model("deeplabv3-r101", "detection", 3)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_detector_cost_equals_torchs_flop_counter(masks):
     torch.manual_seed(0)
-    means = []
-    for (images, _, _), _ in zip(data.forever(loader), range(3)):
-        means.append(data.normalize(images).mean((0, 2, 3)))
-    torch.testing.assert_close(network[0].running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+    detector = small_detector(masks=masks).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = detector([torch.rand(3, 60, 100)])
+    assert out.sizes == [(64, 106)] and out.padded == (64, 128) and out.proposals[0] > 0
+    convolutions = sum(detector.real_cost(out.routes, *out.sizes[0], "conv").values()).item()
+    rest = detector.rest_cost(*out.sizes[0], out.proposals[0], len(out.detections[0]["boxes"]))
+    assert convolutions + sum(rest.values()) == counter.get_total_flops() // 2
+    assert len(out.detections[0]["boxes"]) > 0 and (rest["mask head"] > 0) == masks
+
+
+def test_detector_is_torchvisions(monkeypatch):
+    """The static one against torchvision's own forward pass, in both modes; the losses of images without objects."""
+    torch.manual_seed(0)
+    detector = small_detector(variant="r50-fpn", layers=None, width=None, masks=True, pyramid=None)
+    images = [torch.rand(3, 64, 90), torch.rand(3, 70, 64)]
+    targets = [dict(boxes=torch.tensor([[5.0, 5, 40, 50]]), labels=torch.tensor([2]), masks=torch.ones(1, 64, 90, dtype=torch.uint8)),
+               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=torch.zeros(0, 70, 64, dtype=torch.uint8))]  # fmt: skip
+    torch.manual_seed(1)
+    ours = detector(images, targets).losses
+    torch.manual_seed(1)
+    theirs = detector.rcnn(images, targets)
+    assert ours.keys() == theirs.keys() and len(ours) == 5
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+    nothing = detector(images[1:], targets[1:]).losses
+    assert all(loss.isfinite() for loss in nothing.values())
+    assert nothing["loss_box_reg"] == 0 and nothing["loss_rpn_box_reg"] == 0 and nothing["loss_mask"] == 0
+    detector.eval()
+    with torch.no_grad():
+        for mine, other in zip(detector(images).detections, detector.rcnn(images)):
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_padding_does_not_move_what_the_regions_see():
+    """The first image decides nothing, though it is padded from 64x65 to 64x128."""
+    torch.manual_seed(0)
+    detector = small_detector(masks=True).eval()
+    with torch.no_grad():
+        detector([torch.rand(3, 65, 64)])
+    for align in (detector.rcnn.roi_heads.box_roi_pool, detector.rcnn.roi_heads.mask_roi_pool):
+        ramp = torch.arange(32.0).expand(1, 1, 32, 32) * 4  # a map of stride 4 that says how far right it is, in pixels
+        maps = {str(i): ramp[..., :: 2**i, :: 2**i] for i in range(4)}
+        regions = align(maps, [torch.tensor([[32.0, 8, 48, 24]])], [(65, 64)])
+        assert regions.mean().item() == pytest.approx(40, abs=1e-3)  # the middle of the box
+
+
+def test_each_image_of_a_batch_is_detected_as_if_alone():
+    """Images of one size: whatever else is in the batch, skipped or masked."""
+    torch.manual_seed(0)
+    detector = small_detector(masks=True).eval()
+    let_gates_decide(detector.backbone)
+    images = [torch.rand(3, 64, 128) for _ in range(3)]
+    with torch.no_grad():
+        together = detector(images)
+        for b, image in enumerate(images):
+            alone = detector([image])
+            torch.testing.assert_close(alone.A[0], together.A[b], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(alone.detections[0]["boxes"], together.detections[b]["boxes"], atol=1e-2, rtol=1e-3)
+
+
+def test_coco_items(tmp_path):
+    contents = write_coco(tmp_path)
+    whole = data.detection_dataset("coco", str(tmp_path), "train", train=False, masks=True)
+    assert (whole.classes, whole.category_ids) == (["dark", "bright"], [3, 7])  # in the order of the ids, which have gaps
+    assert whole.image_ids == [100, 107, 114, 121, 128] and len(whole) == 5 and whole.image_name(1) == "000000000001.jpg"
+    for index in range(5):
+        image, target, i = whole[index]
+        mine = [a for a in contents["annotations"] if a["image_id"] == 100 + 7 * index and not a["iscrowd"] and a["bbox"][2]]
+        assert i == index and image.dtype == torch.uint8 and image.shape[1:] == target["masks"].shape[1:]
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]
+        assert target["boxes"].tolist() == boxes and target["labels"].tolist() == [{3: 1, 7: 2}[a["category_id"]] for a in mine]
+        for (x1, y1, x2, y2), mask in zip(boxes, target["masks"]):
+            assert mask.sum() == (x2 - x1) * (y2 - y1) and mask[y1:y2, x1:x2].all()
+        assert target["boxes"].shape[1] == 4 and target["labels"].dtype == torch.int64
+    training = data.detection_dataset("coco", str(tmp_path), "train", train=True)
+    assert training.image_ids == [100, 107, 114] and "masks" not in training[0][1]  # objects to learn from
+    flipped = 0
+    for _ in range(20):
+        image, target, _ = training[1]
+        plain, truth, _ = whole[1]
+        if not torch.equal(image, plain):
+            flipped += 1
+            assert torch.equal(image.flip(2), plain)
+            x1, y1, x2, y2 = truth["boxes"].unbind(1)
+            torch.testing.assert_close(target["boxes"], torch.stack([60 - x2, y1, 60 - x1, y2], 1))
+    assert 3 < flipped < 17
+    assert len(data.detection_dataset("coco", str(tmp_path), "train", train=True, limit=2)) == 2
+
+
+def test_bad_coco_files_are_named_in_one_line(tmp_path):
+    def broken(word, **changes):
+        (tmp_path / "annotations" / "bad.json").write_text(json.dumps(contents | changes))
+        with pytest.raises(data.DataError) as error:
+            data.detection_dataset("coco", None, "train", True, masks=True, json=str(tmp_path / "annotations" / "bad.json"),
+                                   images=str(tmp_path / "train2017"))  # fmt: skip
+        one_line(error, word)
+
+    contents = write_coco(tmp_path)
+    broken("images", images=[dict(id=1)])
+    broken("bad.json", images="none")
+    broken("bad.json", images=[])
+    broken("categories", categories=[dict(id=9, name="x")])
+    broken("no such image", images=contents["images"] + [dict(id=9, file_name="gone.jpg", width=9, height=9)])
+    (tmp_path / "secret.jpg").write_bytes((tmp_path / "train2017" / "000000000000.jpg").read_bytes())
+    broken("no such image", images=[dict(id=100, file_name="../secret.jpg", width=80, height=60)])
+    broken("no such image", images=[dict(id=100, file_name=str(tmp_path / "secret.jpg"), width=80, height=60)])
+    broken("object", annotations=[])
+    first = contents["annotations"][0]
+    broken(f"annotation {first['id']}", annotations=[first | dict(bbox=[1, 2, 3])])
+    broken(f"annotation {first['id']}", annotations=[first | dict(bbox=[1, 2, float("nan"), 4])])
+    broken("--masks", annotations=[first | dict(segmentation=[])])
+    (tmp_path / "annotations" / "bad.json").write_text("{")
+    for json_file, images, word in (("bad.json", "train2017", "bad.json"), ("none.json", "train2017", "none.json"),
+                                    ("instances_train2017.json", "nowhere", "nowhere")):  # fmt: skip
+        with pytest.raises(data.DataError) as error:
+            data.detection_dataset("coco", None, "train", True, json=str(tmp_path / "annotations" / json_file),
+                                   images=str(tmp_path / images))  # fmt: skip
+        one_line(error, word)
+    Image.new("RGB", (31, 32)).save(tmp_path / "train2017" / "000000000001.jpg")
+    with pytest.raises(data.DataError) as error:
+        data.detection_dataset("coco", str(tmp_path), "train", True)[1]
+    one_line(error, "000000000001.jpg")
+
+
+def test_batches_share_an_aspect_ratio_and_an_epoch_has_an_image_once():
+    generator = torch.Generator().manual_seed(0)
+    wide = (torch.rand(103, generator=generator) < 0.7).tolist()
+    batches = data.GroupedBatches([1.5 if w else 0.7 for w in wide], batch=8, rank=0, world=1, seed=3)
+    first = list(batches)
+    assert len(first) == len(batches) == 12 and all(len(b) == 8 for b in first)
+    seen = [i for b in first for i in b]
+    assert len(set(seen)) == len(seen) == 96
+    mixed = [b for b in first if len({wide[i] for i in b}) > 1]
+    assert len(mixed) <= 1
+    ranks = [list(data.GroupedBatches([1.5 if w else 0.7 for w in wide], 8, rank, 2, 3)) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*ranks)] == [sorted(b) for b in first]
+    batches.set_epoch(1)
+    assert list(batches) != first
+    assert {i for epoch in range(8) for i in (batches.set_epoch(epoch), [i for b in batches for i in b])[1]} == set(range(103))
+
+
+def as_found(target, score=1.0):
+    """The truth of an image as a detector would give it."""
+    found = dict(boxes=target["boxes"], labels=target["labels"], scores=torch.full((len(target["labels"]),), score))
+    return found | ({"masks": target["masks"][:, None].float()} if "masks" in target else {})
+
+
+def check_truth_has_full_score(dataset):
+    results = [r for i in range(len(dataset)) for r in train_det.coco_results(dataset, i, as_found(dataset[i][1]))]
+    for kind in ("bbox", "segm"):
+        scores, table = train_det.average_precision(dataset, results, kind)
+        assert scores["AP"] == scores["AP50"] == scores["AP75"] == pytest.approx(1.0) and "= 1.000" in table
+    return results
+
+
+def test_the_truth_as_detections_has_full_score(tmp_path):
+    contents = write_coco(tmp_path)
+    contents["annotations"] = [a for a in contents["annotations"] if a["bbox"][2]]  # without area nothing can be found
+    for number, annotation in enumerate(contents["annotations"]):  # other tools count from 0 and leave things out
+        annotation["id"] = number
+        del annotation["area"]
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(contents))
+    check_truth_has_full_score(data.detection_dataset("coco", str(tmp_path), "train", train=False, masks=True))
+    shapes = data.detection_dataset("shapes", None, "val", train=False, masks=True, n_val=12)
+    check_truth_has_full_score(shapes)
+    for i in range(12):  # against the scenes, by pycocotools' own decoder
+        scene = shapes.scenes.scene(i)
+        masks = [shapes.coco.annToMask(a) for a in shapes.coco.imgToAnns[i]]
+        assert np.array_equal(np.array(masks, bool), scene.masks.numpy())
+
+
+def test_real_coco_truth_has_full_score_and_detections_score_as_with_pycocotools_alone(tmp_path):
+    root = HERE.parent / "shared" / "data" / "coco-mini"
+    if not root.is_dir():
+        pytest.skip("real COCO images are not here")
+    dataset = data.detection_dataset("coco", str(root), "val", train=False, masks=True, limit=40)
+    generator = torch.Generator().manual_seed(0)
+    results = check_truth_has_full_score(dataset)
+    for result in results:  # a detector's mistakes
+        result["bbox"] = [v + 4 * torch.randn(1, generator=generator).item() for v in result["bbox"]]
+        result["score"] = torch.rand(1, generator=generator).item()
+    compare_with_pycocotools(dataset, str(root / "annotations" / "instances_val2017.json"), results, tmp_path)
+
+
+def compare_with_pycocotools(dataset, annotations, results, folder):
+    """pycocotools alone, from files, as its documentation shows it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    (folder / "results.json").write_text(json.dumps(results))
+    for kind in ("bbox", "segm"):
+        truth = COCO(annotations)
+        official = COCOeval(truth, truth.loadRes(str(folder / "results.json")), kind)
+        official.params.imgIds = dataset.image_ids
+        official.evaluate(), official.accumulate(), official.summarize()
+        scores, _ = train_det.average_precision(dataset, results, kind)
+        assert list(scores.values()) == official.stats.tolist() and scores["AP"] > 0
+
+
+def test_scores_are_pycocotools(tmp_path):
+    write_coco(tmp_path, sizes=((60, 80),) * 3 + ((64, 64),) * 12)
+    dataset = data.detection_dataset("coco", str(tmp_path), "train", train=False, masks=True)
+    rng, results = np.random.default_rng(0), []
+    for i in range(len(dataset)):
+        target = dict(dataset[i][1])
+        target["boxes"] = target["boxes"] + torch.from_numpy(rng.normal(0, 2, target["boxes"].shape)).float()
+        target["masks"] = target["masks"].roll(int(rng.integers(-2, 3)), 2)
+        found = as_found(target)
+        found["scores"] = torch.from_numpy(rng.random(len(target["labels"]))).float()
+        results += train_det.coco_results(dataset, i, found)
+    compare_with_pycocotools(dataset, str(tmp_path / "annotations" / "instances_train2017.json"), results, tmp_path)
+    scores, _ = train_det.average_precision(dataset, [], "bbox")  # nothing found at all
+    assert scores["AP"] == 0
+
+
+TINY_DETECTOR = ["--layers", "4", "--width", "4", "--pyramid", "16", "--short-sides", "64", "--long-side", "128", "--anchor", "8",
+                 "--proposals", "40", "--rois", "16", "--batch", "4", "--warmup", "1", "--bn-batches", "2", "--kmeans-every", "3",
+                 "--k", "2", "--log-every", "2", "--workers", "0", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def detected(tmp_path_factory):
+    """A folder with a COCO tree, 5 images in val, and a Mask R-CNN trained on two processes for a few steps."""
+    folder = tmp_path_factory.mktemp("detection")
+    write_coco(folder / "coco", "train", sizes=((60, 80),) * 3 + ((80, 60), (64, 64)) * 4)
+    write_coco(folder / "coco", "val", seed=1)
+    status, out, error = run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "train_det.py", *TINY_DETECTOR, "--masks",
+        "--data", "coco", "--variant", "divdr-a", "--iters", 12, "--eval-every", 6, "--name", "pair", cwd=folder)  # fmt: skip
+    assert status == 0, error
+    return folder
+
+
+def test_two_processes_train_a_detector(detected):
+    folder = detected / "runs" / "pair"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
+    network, checkpoint = model.load_checkpoint(folder / "last.pt")
+    assert (checkpoint["classes"], checkpoint["category_ids"], network.dim) == (["dark", "bright"], [3, 7], 3 * 14)
+    assert checkpoint["bank"]["seen"].all() and len(checkpoint["bank"]["seen"]) == 9 and len(checkpoint["centers"]) == 2
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [e["iteration"] for e in events if e["event"] == "kmeans"] == [3, 6, 9, 12]
+    assert all({"box", "mask"} <= e.keys() for e in events if e["event"] == "evaluation")
+    last = [e for e in events if e["event"] == "train"][-1]
+    terms = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg", "cost", "clustering")
+    assert {f"loss_{term}" for term in terms} <= last.keys() and last["gflops_real"] > 0
+
+
+def test_a_detector_is_evaluated_alike_by_one_and_by_two_processes(detected):
+    """Five images, two processes: each counts once."""
+    folder, found = detected / "runs" / "pair", []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]):
+        status, out, error = run(
+            *launch, HERE / "evaluate.py", "runs/pair/last.pt", "--workers", 0, "--device", "cpu", cwd=detected)
+        assert status == 0, error
+        metrics = json.loads((folder / "metrics.json").read_text())
+        found.append((metrics, json.loads((folder / "detections.json").read_text())))
+        assert metrics["images"] == 5 and sum(metrics["images_per_expert"]) == 5 and out.count("Average Precision") == 12
+    (metrics, detections), (other, others) = found  # rounding may differ, and let one more weak box through
+    for key in ("gflops", "images_per_expert", "inter"):
+        assert metrics[key] == (pytest.approx(other[key]) if key == "inter" else other[key])
+    for i in {d["image_id"] for d in detections} | {d["image_id"] for d in others}:
+        mine, theirs = ([d for d in found if d["image_id"] == i] for found in (detections, others))
+        assert abs(len(mine) - len(theirs)) <= 0.1 * len(mine)
+        best, match = (max(found, key=lambda d: d["score"]) for found in (mine, theirs))
+        assert best["score"] == pytest.approx(match["score"], abs=1e-4) and best["bbox"] == pytest.approx(match["bbox"], abs=0.1)
+    assert list(metrics["gflops"]) == ["paper", "exact", "paper at 800x800"] and set(metrics["box"]) == set(metrics["mask"])
+    assert metrics["gflops"]["paper"]["mean"] < metrics["gflops"]["paper at 800x800"]["mean"]
+    assert {d["category_id"] for d in detections} <= {3, 7} and len(detections) == metrics["detections"]
+    if detections:
+        dataset = data.detection_dataset("coco", str(detected / "coco"), "val", train=False)
+        scores, _ = train_det.average_precision(dataset, detections, "segm")
+        assert metrics["mask"]["AP"] == pytest.approx(100 * scores["AP"])
+    assert (folder / "experts.png").stat().st_size > 1000
+
+
+def test_detections_are_drawn_on_pictures(detected):
+    picture = detected / "coco" / "val2017" / "000000000001.jpg"
+    status, out, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--image", picture, "--min-score", 0.0, "--out", "drawn",
+                             "--workers", 0, "--device", "cpu", cwd=detected)  # fmt: skip
+    assert status == 0, error
+    assert "expert" in out and "GFLOPs" in out
+    drawn = np.array(Image.open(detected / "drawn" / "000000000001.jpg.png"))
+    assert drawn.shape == (80, 60, 3) and (drawn != np.array(Image.open(picture))).any()
+    status, _, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--predictions", "x", cwd=detected)
+    assert status == 2 and "--predictions" in error and "\n" not in error.strip()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--dataset", "shapes", "--size", "64", "--subsets", "2", "--masks"],
+    ["--train-json", "coco/annotations/instances_train2017.json", "--train-images", "coco/train2017", "--activations", "recompute",
+     "--val-json", "coco/annotations/instances_train2017.json", "--val-images", "coco/train2017", "--gate-space", "logit"],
+])  # fmt: skip
+def test_one_process_trains_a_detector_with(flags, detected, tmp_path, monkeypatch):
+    os.symlink(detected / "coco", tmp_path / "coco")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_det.py", *TINY_DETECTOR, *flags, "--iters", "4", "--eval-every", "100", "--limit", "8",
+                                      "--name", "one"])  # fmt: skip
+    if "shapes" in flags:
+        with pytest.raises(SystemExit) as stopped:  # ends as evaluate.py ends
+            train_det.main()
+        assert stopped.value.code == 0
+        metrics = json.loads(Path("runs/one/metrics.json").read_text())
+        assert sum(sum(row["experts"]) for row in metrics["subsets"]["subset"].values()) == 8
+    else:
+        train_det.main()
+    _, checkpoint = model.load_checkpoint("runs/one/last.pt")
+    assert len(checkpoint["bank"]["seen"]) == 8 and checkpoint["bank"]["seen"].sum() >= 4
+    if "recompute" in flags:
+        assert checkpoint["bank"]["seen"].all() and checkpoint["bank"]["values"].abs().max() > 1
+
+
+def test_static_detector_starts_from_a_file_and_runs_through_the_same_loop(detected, tmp_path, monkeypatch, capsys):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    resnet = resnet50(weights=None)
+    torch.save(resnet.state_dict(), tmp_path / "resnet50.pth")
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--short-sides", "64", "--long-side", "96", "--proposals", "40", "--rois", "16", "--anchor", "8"]
+    sys_argv = ["train_det.py", *sizes, "--variant", "r50-fpn", "--data", str(detected / "coco"), "--init", "resnet50.pth", "--k", "2",
+                "--batch", "2", "--iters", "1", "--bn-batches", "1", "--workers", "0", "--name", "static", "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", sys_argv)
+    train_det.main()
+    assert "took 265 tensors" in capsys.readouterr().out  # 53 convolutions, 53 norms of 4 numbers each
+    network, checkpoint = model.load_checkpoint("runs/static/last.pt")
+    body = network.pyramid.body.state_dict()
+    assert torch.equal(body["layer1.0.conv1.weight"], resnet.layer1[0].conv1.weight)  # fixed, as torchvision trains it
+    assert not torch.equal(body["layer3.0.conv1.weight"], resnet.layer3[0].conv1.weight)
+    assert checkpoint["centers"] is None
+    for file, word in (("runs/static/last.pt", "conv1.weight"), ("none.pth", "none.pth")):
+        monkeypatch.setattr(sys, "argv", [*sys_argv, "--init", file])
+        with pytest.raises(SystemExit) as stopped:
+            train_det.main()
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and word in error and "\n" not in error
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--data", "nowhere"], "nowhere"), (["--train-json", "a.json"], "--val-json"), (["--variant", "deeplabv3-r101"], "--variant"),
+    (["--dataset", "shapes", "--init", "x.pth"], "--init"), (["--dataset", "shapes", "--variant", "r50-fpn", "--pyramid", "8"], "--pyramid"),
+    (["--dataset", "shapes", "--rois", "0"], "--rois"),
+    (["--dataset", "shapes", "--limit", "4"], "--batch"), (["--dataset", "shapes", "--layers", "3"], "layers"),
+    (["--dataset", "shapes", "--train-json", "a", "--train-images", "b", "--val-json", "c", "--val-images", "d"], "shapes"),
+])  # fmt: skip
+def test_detection_flags_that_cannot_work_end_in_one_line(flags, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_det.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train_det.main()
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and word in error and "\n" not in error and not list(tmp_path.iterdir())
+
+
+def test_detection_learning_rate_falls_at_its_steps():
+    factor = train_det.learning_rate_factor(train_det.Config(lr_steps=(60_000, 80_000), warmup=1000))
+    expected = {0: 0.001, 500: 0.001 + 0.999 / 2, 59_999: 1, 60_000: 0.1, 79_999: 0.1, 80_000: 0.01}
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
 
 
 # ============ mIoU ============
@@ -1444,7 +1871,7 @@ def test_miou_equals_cityscapesscripts_on_the_written_predictions(tmp_path, monk
     (tmp_path / "run").mkdir()
     model.save_checkpoint(
         tmp_path / "run" / "last.pt", network, model_args=arguments, classes=list(info.classes), palette=[list(c) for c in info.palette],
-        mean=list(data.MEAN), std=list(data.STD), dataset="cityscapes", data=str(tmp_path / "cs"), data_options={}, config={"k": 2},
+        mean=list(data.MEAN), std=list(data.STD), task="segmentation", dataset="cityscapes", data=str(tmp_path / "cs"), data_options={}, config={"k": 2},
         iteration=1, centers=None)  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run" / "last.pt"), "--predictions", str(tmp_path / "out"),
                                       "--workers", "0", "--device", "cpu"])  # fmt: skip

@@ -11,6 +11,7 @@ A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one li
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -32,8 +33,8 @@ import data
 import kmeans
 import losses
 from model import (
-    VARIANTS, InputError, Process, build_model, default_workers, leave_cores_to_loaders, one_line_errors, parse_settings,
-    save_checkpoint, setting, start_process,
+    VARIANTS, InputError, Process, build_model, check_ranges, default_workers, leave_cores_to_loaders, one_line_errors,
+    parse_settings, save_checkpoint, setting, start_process, variants_of,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -49,58 +50,55 @@ RECIPES = {
 }  # fmt: skip
 for name, recipe in RECIPES.items():
     info = data.SEGMENTATION[name]
-    recipe |= dict(crop=info.crop, short_sides=info.short_sides, batch=info.batch, eval_batch=info.eval_batch)
-
-
-def by_data_set(key: str, group: str, help: str, **argument):
-    """A setting whose default is in `RECIPES`."""
-    defaults = [f"{name} {recipe[key]}" for name, recipe in RECIPES.items() if recipe[key] is not None]
-    return setting(None, group, f"{help} (default: {', '.join(defaults)})", **argument)
+    recipe |= dict(data=info.root, crop=info.crop, short_sides=info.short_sides, batch=info.batch, eval_batch=info.eval_batch)
 
 
 @dataclass
-class Config:
+class RunConfig:
+    """The settings of every training script. Where the default is None, the recipe or the variant has it."""
+
     # run
     name: str | None = setting(None, "run", "folder under --out; by default DATASET-VARIANT-seedN", type=str)
     out: str = setting("runs", "run", "where run folders are made")
-    seed: int = setting(0, "run", "seeds weights, data order, augmentation and K-means++")
-    log_every: int = setting(50, "run", "iterations between log lines")
-    eval_every: int | None = by_data_set(
-        "eval_every", "run", "iterations between evaluations on val, each of which saves", type=int)
+    seed: int = setting(0, "run", "seeds weights, data order, augmentation and K-means++", 0, 2**32)
+    log_every: int = setting(50, "run", "iterations between log lines", 1)
+    eval_every: int | None = setting(None, "run", "iterations between evaluations on val, each of which saves", 1, type=int)
     # data
-    dataset: str = setting("cityscapes", "data", "data set", choices=list(RECIPES))
-    data: str | None = setting(None, "data", "its folder, by default data/DATASET; shapes needs none", type=str)
-    crop: int | None = by_data_set("crop", "data", "side of the square training crop, a multiple of 32", type=int)
-    short_sides: tuple | None = by_data_set(
-        "short_sides", "data", "short sides that a training image is resized to, drawn at random", type=int, nargs="+")
-    subsets: int | None = setting(None, "data", "shapes: known subsets among the images, 2 to 4 (default: 3)", type=int)
-    size: int | None = setting(None, "data", "shapes: side of the images, a multiple of 32 (default: 96)", type=int)
+    dataset: str = setting("shapes", "data", "data set")
+    data: str | None = setting(None, "data", "its folder; shapes needs none", type=str)
+    short_sides: tuple | None = setting(
+        None, "data", "short sides that a training image is resized to, drawn at random", 1, type=int, nargs="+")
+    subsets: int | None = setting(None, "data", "shapes: known subsets among the images, 2 to 4 (default: 3)", 2, 4, type=int)
+    size: int | None = setting(None, "data", "shapes: side of the images, a multiple of 32", type=int)
     hard: bool = setting(False, "data", "shapes: the subsets differ in object scale alone")
     workers: int | None = setting(
-        None, "data", "loader processes per training process (default: 4, or what the cores allow)", type=int)
+        None, "data", "loader processes per training process (default: 4, or what the cores allow)", 0, type=int)
     # model
-    variant: str = setting("divdr-a", "model", "row of the method's table", choices=list(VARIANTS))
-    layers: int | None = by_data_set("layers", "model", "layers of the routed backbone; 16 and 33 are the published ones", type=int)
-    width: int | None = by_data_set("width", "model", "channels at stride 4; 64 is the published width", type=int)
+    variant: str = setting("divdr-a", "model", "row of the method's table")
+    layers: int | None = setting(None, "model", "layers of the routed backbone", type=int)
+    width: int | None = setting(None, "model", "channels at stride 4; 64 is the published width", type=int)
     gate: str | None = setting(None, "model", "what a gate looks at, by default the variant's", choices=["full", "small"])
     # optimiser
-    iters: int | None = by_data_set("iters", "optimiser", "SGD steps", type=int)
-    batch: int | None = by_data_set("batch", "optimiser", "images per step over all processes", type=int)
-    lr: float | None = by_data_set("lr", "optimiser", "learning rate after warm-up; poly decay to 0 with power 0.9", type=float)
-    warmup: int | None = by_data_set("warmup", "optimiser", "steps of linear warm-up from 0.001 x lr; by itself at most iters / 10", type=int)
-    momentum: float = setting(0.9, "optimiser", "momentum of SGD")
-    weight_decay: float = setting(1e-4, "optimiser", "weight decay; norm weights have none")
-    clip: float = setting(5.0, "optimiser", "largest gradient norm")
+    iters: int | None = setting(None, "optimiser", "SGD steps", 1, type=int)
+    batch: int | None = setting(None, "optimiser", "images per step over all processes", 1, type=int)
+    lr: float | None = setting(None, "optimiser", "learning rate after warm-up", 0, type=float)
+    warmup: int | None = setting(
+        None, "optimiser", "steps of linear warm-up from 0.001 x lr; by itself at most iters / 10", 0, type=int)
+    momentum: float = setting(0.9, "optimiser", "momentum of SGD", 0, 1)
+    weight_decay: float = setting(1e-4, "optimiser", "weight decay; norm weights have none", 0)
+    clip: float = setting(5.0, "optimiser", "largest gradient norm", 0)
     # method
-    lambda1: float | None = setting(None, "method", "weight of the cost loss, by default the variant's", type=float)
-    budget: float | None = setting(None, "method", "share of the full cost aimed at, by default the variant's", type=float)
-    lambda2: float | None = setting(None, "method", "weight of the clustering loss, by default the variant's", type=float)
-    margin: float = setting(5.0, "method", "margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2")
-    k: int | None = setting(None, "method", "clusters, that is experts (default: 4; shapes: as many as subsets)", type=int)
-    kmeans_every: int = setting(50, "method", "iterations between K-means updates")
-    kmeans_anneal: float = setting(1.0, "method", "factor by which that interval has grown at the end of training")
-    kmeans_restarts: int | None = by_data_set(
-        "kmeans_restarts", "method", "K-means++ starts tried beside the last centres at each update", type=int)
+    lambda1: float | None = setting(None, "method", "weight of the cost loss, by default the variant's", 0, type=float)
+    budget: float | None = setting(None, "method", "share of the full cost aimed at, by default the variant's", 0, 1, type=float)
+    lambda2: float | None = setting(None, "method", "weight of the clustering loss, by default the variant's", 0, type=float)
+    margin: float = setting(
+        5.0, "method", "margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2", 0)
+    k: int | None = setting(
+        None, "method", "clusters, that is experts (default: 4; shapes: as many as subsets)", 2, type=int)
+    kmeans_every: int = setting(50, "method", "iterations between K-means updates", 1)
+    kmeans_anneal: float = setting(1.0, "method", "factor by which that interval has grown at the end of training", 1, 1e6)
+    kmeans_restarts: int | None = setting(
+        None, "method", "K-means++ starts tried beside the last centres at each update", 0, type=int)
     activations: str = setting(
         "bank", "method", "what K-means sees: the latest A(x) of each sample, or a pass over the training set",
         choices=["bank", "recompute"])
@@ -108,18 +106,33 @@ class Config:
     gate_space: str = setting("alpha", "method", "cluster gates after or before their non-linearity", choices=["alpha", "logit"])
     # system
     device: str | None = setting(None, "system", "cpu, cuda or mps; by default the best there is", type=str)
-    bn_batches: int | None = by_data_set("bn_batches", "system", "training batches that batch norm is re-estimated on before evaluation", type=int)
-    eval_batch: int | None = by_data_set("eval_batch", "system", "images at a time in evaluation; more than 1 needs equal sizes", type=int)
+    bn_batches: int | None = setting(
+        None, "system", "training batches that batch norm is re-estimated on before evaluation", 1, type=int)
+    eval_batch: int | None = setting(None, "system", "images at a time in evaluation", 1, type=int)
+
+    def shapes_options(self) -> dict:
+        """What the flags say about the shapes data set; empty for the others unless a flag does not apply."""
+        options = {key: getattr(self, key) for key in ("subsets", "size") if getattr(self, key) is not None}
+        return options | ({"hard": True} if self.hard else {})
 
 
-def resolve(config: Config, world: int) -> Config:
+@dataclass
+class Config(RunConfig):
+    """The settings of this script."""
+
+    dataset: str = setting("cityscapes", "data", "data set", choices=list(RECIPES))
+    variant: str = setting("divdr-a", "model", "row of the method's table", choices=variants_of("segmentation"))
+    crop: int | None = setting(None, "data", "side of the square training crop, a multiple of 32", type=int)
+
+
+def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfig:
     """Fills what the flags left open from the data set's recipe and the variant; InputError where flags cannot work."""
-    recipe, variant = RECIPES[config.dataset], VARIANTS[config.variant]
+    recipe, variant = recipes[config.dataset], VARIANTS[config.variant]
     routed = variant.gate is not None
     lambda2 = variant.lambda2 and recipe.get("lambda2", variant.lambda2)
     defaults = recipe | dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
     if not routed:  # no size to choose
-        defaults |= dict(layers=None, width=None)
+        defaults |= {key: None for key in ("layers", "width", "pyramid") if key in recipe}
     defaults["k"] = (config.subsets or 3) if config.dataset == "shapes" else 4
     defaults["workers"] = default_workers()
     defaults["name"] = f"{config.dataset}-{config.variant}-seed{config.seed}"
@@ -127,21 +140,9 @@ def resolve(config: Config, world: int) -> Config:
     changes = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     config = dataclasses.replace(config, **changes)
 
-    at_least = dict(iters=1, batch=1, warmup=0, workers=0, kmeans_every=1, log_every=1, eval_every=1, lr=0, lambda1=0,
-                    lambda2=0, margin=0, budget=0, bn_batches=1, eval_batch=1, clip=0, momentum=0, weight_decay=0, seed=0,
-                    kmeans_anneal=1, kmeans_restarts=0, subsets=2, k=2)  # fmt: skip
-    at_most = dict(budget=1, momentum=1, seed=2**32, subsets=4, kmeans_anneal=1e6)
-    for key, least in at_least.items():
-        value, most = getattr(config, key), at_most.get(key, 1e9)
-        if value is not None and not least <= value <= most:  # nan is neither
-            allowed = f"between {least} and {most}" if key in at_most else f"at least {least}, and finite"
-            raise InputError(f"--{key.replace('_', '-')} {value}: must be {allowed}")
-    if config.short_sides is not None and min(config.short_sides) < 1:
-        raise InputError(f"--short-sides {min(config.short_sides)}: must be at least 1 pixel")
+    check_ranges(config)
     if config.batch // world == 1 and not torch.cuda.is_available() or config.batch == 1:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
-    if config.crop is not None and (config.crop < 32 or config.crop % 32):
-        raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: {config.variant} has no budget; give the share to aim at with --budget")
     if not routed and (config.lambda1 or config.lambda2):
@@ -149,24 +150,31 @@ def resolve(config: Config, world: int) -> Config:
     return config
 
 
+def warm_up(config: RunConfig, step: int) -> float:
+    """Factor of the learning rate: linear from 0.001 to 1 over the first `warmup` steps."""
+    return 0.001 + 0.999 * (min(step / config.warmup, 1.0) if config.warmup else 1.0)
+
+
 def learning_rate_factor(config: Config):
-    """Poly decay with power 0.9, times linear warm-up from 0.001 over the first `warmup` of `iters` steps."""
-
-    def factor(step: int) -> float:
-        warm = min(step / config.warmup, 1.0) if config.warmup else 1.0
-        return (0.001 + 0.999 * warm) * (1 - step / config.iters) ** 0.9
-
-    return factor
+    """Warm-up, and poly decay with power 0.9."""
+    return lambda step: warm_up(config, step) * (1 - step / config.iters) ** 0.9
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
     """SGD with momentum; weight decay for everything but norm layers."""
     norm, rest = [], []
     for module in model.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        (norm if is_norm else rest).extend(module.parameters(recurse=False))
+        (norm if is_norm else rest).extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     groups = [dict(params=rest, weight_decay=config.weight_decay), dict(params=norm, weight_decay=0.0)]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+def distribute(model: nn.Module, process: Process) -> nn.Module:
+    """The network to call in a training step: with several processes, one that averages gradients over them."""
+    if process.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
 
 
 @dataclass
@@ -218,39 +226,87 @@ def evaluate_segmentation(model, loader, num_classes: int, process: Process, mea
     return Evaluation(confusion[:-1].view(num_classes, num_classes).cpu(), A, flops)
 
 
-def reestimate_batch_norm(model: nn.Module, dataset, config: Config, process: Process) -> None:
-    """Replaces the running statistics of batch norm by plain averages over `bn_batches` training batches."""
-    loader = data.train_loader(dataset, config.batch, config.workers, config.seed + 1, process.rank, process.world)
-    batches = (images for _, (images, _, _) in zip(range(config.bn_batches), data.forever(loader)))
-    update_bn((data.normalize(images.to(process.device)) for images in batches), model)
+def reestimate_batch_norm(network: nn.Module, batches, process: Process) -> None:
+    """Replaces the running statistics of batch norm by plain averages over `batches`, inputs of `network`."""
+    update_bn(batches, network)
     if process.world > 1:  # without SyncBatchNorm (on CPUs) each process saw its own images
-        for name, buffer in model.named_buffers():
+        for name, buffer in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= process.world
 
 
 @torch.no_grad()
-def recompute_activations(model: nn.Module, dataset, bank: kmeans.ActivationBank, config: Config, process: Process) -> None:
-    """Refills the bank in one pass over the training set with frozen weights (Figure 2 of the paper).
+def recompute_activations(model: nn.Module, bank: kmeans.ActivationBank, loader, activations) -> None:
+    """Refills the bank from one pass over the training set with frozen weights (Figure 2 of the paper).
 
-    Batch norm uses the statistics of each batch, as in the steps whose loss will see the centres, and its running
-    statistics stay as they are.
+    activations: the loader's images -> their A(x). Batch norm uses the statistics of each batch, as in the steps whose
+    loss will see the centres, and its running statistics stay as they are.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-    share = config.batch // process.world
-    for images, _, index in data.pass_loader(dataset, share, config.workers, process.rank, process.world, wrap=True):
-        bank.update(index, model(data.normalize(images.to(process.device))).A)
+    for images, _, index in loader:
+        bank.update(index, activations(images))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
 
+class Experts:
+    """Step (2) of the alternation: the bank, the centres, and when K-means moves them.
+
+    subset: with --oracle, the true subset of each training image, int64 [N], in place of what K-means finds.
+    """
+
+    def __init__(self, config: RunConfig, samples: int, dim: int, subset: Tensor | None, device: torch.device):
+        self.config, self.subset = config, subset
+        self.bank = kmeans.ActivationBank(samples, dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
+        self.clusters, self.next_update = None, config.kmeans_every
+
+    def due(self, iteration: int) -> bool:
+        late = iteration >= self.next_update or iteration == self.config.iters
+        return late and self.bank.count >= self.config.k
+
+    def loss(self, A: Tensor, index: Tensor) -> Tensor:
+        """The clustering loss of a batch, eq. (2), with the centres as they are."""
+        own = None if self.subset is None else self.subset[index]
+        return losses.clustering_loss(A, self.clusters.centers, self.clusters.sigma2, self.config.margin, own)
+
+    def update(self, iteration: int) -> None:
+        """Moves the centres, from where they are, to what the bank holds."""
+        config = self.config
+        if not self.bank.values.isfinite().all():  # on every process the same
+            raise InputError(f"iteration {iteration}: gate activations are no longer finite; try a lower --lr")
+        if self.subset is None:
+            start = self.clusters and self.clusters.centers
+            self.clusters = self.bank.cluster(config.k, start, config.seed + iteration, restarts=config.kmeans_restarts)
+        else:
+            self.clusters = self.bank.group(self.subset.to(self.bank.values.device), config.k)
+        self.next_update = iteration + round(config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters))
+
+    def state(self) -> dict:
+        """For the checkpoint: bank, centres and sigma2."""
+        centers, sigma2 = (None, None) if self.clusters is None else (self.clusters.centers.cpu(), self.clusters.sigma2)
+        return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2}
+
+
+def true_subsets(config: RunConfig, dataset) -> Tensor | None:
+    """With --oracle, the true subset of each image of the training set; InputError where a flag does not fit the set."""
+    if config.k > len(dataset):
+        raise InputError(f"--k {config.k}: the training set has only {len(dataset)} images")
+    if not config.oracle:
+        return None
+    if dataset.subset is None or config.k != int(dataset.subset.max()) + 1:
+        raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
+    return dataset.subset
+
+
 def train(config: Config, process: Process) -> Path:
     """The whole run; returns its last checkpoint."""
-    config = resolve(config, process.world)
+    config = resolve(config, RECIPES, process.world)
+    if config.crop is not None and (config.crop < 32 or config.crop % 32):
+        raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
     folder = Path(config.out) / config.name
     device = process.device
     torch.manual_seed(config.seed)
@@ -262,37 +318,26 @@ def train(config: Config, process: Process) -> Path:
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate, gate_space=config.gate_space)
     model = build_model(**model_args).to(device)
-    routed = model.dim > 0
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = model
-    if process.world > 1:
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    network = distribute(model, process)
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
 
     # ============ preparing data ============
-    options = {key: getattr(config, key) for key in ("subsets", "size") if getattr(config, key) is not None}
-    options |= {"hard": True} if config.hard else {}
+    options = config.shapes_options()
     train_set = data.segmentation_dataset(
         config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides, **options)
     val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False, **options)
-    if config.k > len(train_set):
-        raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
-    subset = None  # the true subset of each training image, for the oracle alone
-    if config.oracle:
-        if train_set.subset is None or config.k != int(train_set.subset.max()) + 1:
-            raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
-        subset = train_set.subset
-    loader = data.train_loader(train_set, config.batch, config.workers, config.seed, process.rank, process.world)
-    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, process.rank, process.world)
+    ranks = (process.rank, process.world)
+    loader = data.train_loader(train_set, config.batch, config.workers, config.seed, *ranks)
+    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, *ranks)
 
     # ============ opening the run folder ============
+    experts = Experts(config, len(train_set), model.dim, true_subsets(config, train_set), device)
     log = RunLog(folder, config, process)
 
     # ============ the alternation ============
-    bank = kmeans.ActivationBank(len(train_set), model.dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
-    clusters, next_clustering = None, config.kmeans_every
     torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
     best = -1.0
     batches = data.forever(loader)
@@ -309,10 +354,8 @@ def train(config: Config, process: Process) -> Path:
             total = model.budgeted_cost(*images.shape[-2:])
             cost = mean_over_processes(out.cost.mean(), process)
             terms["cost"] = config.lambda1 * ramp * losses.cost_loss(cost[None], total, config.budget)
-        if config.lambda2 and clusters is not None:
-            own = None if subset is None else subset[index]
-            separation = losses.clustering_loss(out.A, clusters.centers, clusters.sigma2, config.margin, own)
-            terms["clustering"] = config.lambda2 * separation
+        if config.lambda2 and experts.clusters is not None:
+            terms["clustering"] = config.lambda2 * experts.loss(out.A, index)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -322,38 +365,31 @@ def train(config: Config, process: Process) -> Path:
         schedule.step()
 
         # (2) the bank keeps A(x) of every sample; now and then K-means moves the centres, theta fixed
-        last = iteration == config.iters
-        if routed:
-            bank.update(index, out.A)
-            if (iteration >= next_clustering or last) and bank.count >= config.k:
+        if model.dim:
+            experts.bank.update(index, out.A)
+            if experts.due(iteration):
                 if config.activations == "recompute":
-                    recompute_activations(model, train_set, bank, config, process)
-                if not bank.values.isfinite().all():  # on every process the same
-                    raise InputError(f"iteration {iteration}: gate activations are no longer finite; try a lower --lr")
-                if subset is None:
-                    clusters = bank.cluster(
-                        config.k, clusters and clusters.centers, config.seed + iteration, restarts=config.kmeans_restarts)
-                else:
-                    clusters = bank.group(subset.to(bank.values.device), config.k)
-                interval = config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters)
-                next_clustering = iteration + round(interval)
-                log.clustering(iteration, clusters, bank)
+                    once = data.pass_loader(train_set, config.batch // process.world, config.workers, *ranks, wrap=True)
+                    recompute_activations(model, experts.bank, once, lambda images: model(data.normalize(images.to(device))).A)
+                experts.update(iteration)
+                log.clustering(iteration, experts)
         log.step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), model, out, images.shape[-2:])
 
         # ============ evaluating and saving ============
-        if iteration % config.eval_every == 0 or last:
-            reestimate_batch_norm(model, train_set, config, process)
+        if iteration % config.eval_every == 0 or iteration == config.iters:
+            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks)
+            some = itertools.islice(data.forever(again), config.bn_batches)
+            reestimate_batch_norm(model, (data.normalize(images.to(device)) for images, _, _ in some), process)
             result = evaluate_segmentation(model, val_loader, len(classes), process, data.MEAN, data.STD)
             network.train()
-            log.evaluation(iteration, result)
+            iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
+            log.evaluation(iteration, f"mIoU {100 * result.miou():.2f}", result.flops, miou=result.miou(), iou=iou)
             if process.first:
                 contents = dict(
                     model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
                     data_options=options, classes=list(classes), palette=[list(color) for color in train_set.info.palette],
                     mean=list(data.MEAN), std=list(data.STD), config=dataclasses.asdict(config), iteration=iteration,
-                    miou=result.miou(), bank=bank.state_dict(),
-                    centers=None if clusters is None else clusters.centers.cpu(),
-                    sigma2=None if clusters is None else clusters.sigma2)
+                    miou=result.miou(), **experts.state())
                 save_checkpoint(folder / "last.pt", model, **contents)
                 if result.miou() > best:
                     best = result.miou()
@@ -381,7 +417,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
 class RunLog:
     """The run folder and what the first process says: a tqdm bar, lines in words, and log.jsonl with the same."""
 
-    def __init__(self, folder: Path, config: Config, process: Process):
+    def __init__(self, folder: Path, config: RunConfig, process: Process):
         self.config, self.process = config, process
         self.sums: dict[str, list] = {}  # per loss term: its sum since the last log line, and of how many steps
         self.health = {}  # of the clustering
@@ -391,7 +427,6 @@ class RunLog:
         if (folder / "last.pt").exists():
             raise InputError(f"--name {config.name}: {folder} holds a run already; choose another name or remove it")
         resolved = dataclasses.asdict(config) | dict(device=str(process.device), processes=process.world)
-        resolved["data"] = config.data or data.SEGMENTATION[config.dataset].root
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
         self.file = open(folder / "log.jsonl", "w", buffering=1)
@@ -405,11 +440,11 @@ class RunLog:
     def write(self, event: str, iteration: int, **values) -> None:
         self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
 
-    def clustering(self, iteration: int, clusters: kmeans.Clusters, bank: kmeans.ActivationBank) -> None:
+    def clustering(self, iteration: int, experts: Experts) -> None:
         """Sizes, inter and intra after a K-means update; a collapse is said in words."""
         if not self.process.first:
             return
-        A = bank.values[bank.seen]
+        clusters, A = experts.clusters, experts.bank.values[experts.bank.seen]
         labels, _ = kmeans.assign(A, clusters.centers)
         inter, intra = kmeans.inter_intra(A, labels, clusters.centers, max_samples=500)
         self.health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
@@ -450,16 +485,15 @@ class RunLog:
             shown = means | {"images/s": speed} | {k: v for k, v in self.health.items() if k != "sigma2"}
             self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()})
 
-    def evaluation(self, iteration: int, result: Evaluation) -> None:
-        """mIoU and cost on the evaluation set. The time it took counts as no training step's."""
+    def evaluation(self, iteration: int, words: str, flops: dict[str, Tensor], **scores) -> None:
+        """Scores and cost on the evaluation set. The time it took counts as no training step's."""
         self.started, self.steps = time.perf_counter(), 0
         if not self.process.first:
             return
-        gflops = {count: cost.double().mean().item() / 1e9 for count, cost in result.flops.items()}
-        iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
-        self.write("evaluation", iteration, miou=result.miou(), iou=iou, gflops=gflops)
+        gflops = {count: cost.double().mean().item() / 1e9 for count, cost in flops.items()}
+        self.write("evaluation", iteration, **scores, gflops=gflops)
         costs = ", ".join(f"{value:.3f} ({count})" for count, value in gflops.items())
-        self.bar.write(f"iteration {iteration}: mIoU {100 * result.miou():.2f} on val, GFLOPs per image {costs}")
+        self.bar.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
 
     def close(self) -> None:
         if self.process.first:
@@ -467,18 +501,23 @@ class RunLog:
             print(f"wrote {self.folder}/last.pt; evaluate it: python evaluate.py {self.folder}/last.pt")
 
 
+def finish_with_evaluation(checkpoint: Path, device: str) -> None:
+    """Runs evaluate.py on it as a process of its own, and exits as that does."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    alone = {key: value for key, value in os.environ.items() if key not in group}
+    command = [sys.executable, Path(__file__).with_name("evaluate.py"), checkpoint, "--device", device]
+    sys.exit(subprocess.run(command, env=alone).returncode)
+
+
 def main() -> None:
-    config = parse_settings(Config, __doc__)
+    config = parse_settings(Config, __doc__, RECIPES)
     with one_line_errors(InputError, data.DataError, OSError):
         process = start_process(config.device)
         checkpoint = train(config, process)
         if dist.is_initialized():
             dist.destroy_process_group()
     if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
-        group = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        alone = {key: value for key, value in os.environ.items() if key not in group}
-        command = [sys.executable, Path(__file__).with_name("evaluate.py"), checkpoint, "--device", process.device.type]
-        sys.exit(subprocess.run(command, env=alone).returncode)
+        finish_with_evaluation(checkpoint, process.device.type)
 
 
 if __name__ == "__main__":
