@@ -502,14 +502,15 @@ class CocoImages(datasets.CocoDetection):
                 super().__init__(images, json)
             categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
             self.classes, self.category_ids = [c["name"] for c in categories], [c["id"] for c in categories]
-            sizes = [(image["file_name"], image["width"], image["height"]) for image in self.coco.loadImgs(self.ids)]
+            for image in self.coco.imgs.values():
+                image["file_name"], image["width"], image["height"] = str(image["file_name"]), int(image["width"]), int(image["height"])
         except (ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
             raise DataError(f"{json}: not a COCO annotation file ({type(error).__name__}: {error}); it needs images with "
                             "file_name, width and height, annotations, and categories") from error
         self.json, self.train, self.masks = json, train, masks
         self.label_of_category = {category: label for label, category in enumerate(self.category_ids, 1)}
         self.palette = class_colours(len(self.classes))
-        self._check_files(sizes)
+        self._check_files()
         self._check_annotations()
         if train:
             self.ids = [id for id in self.ids if any(map(_has_area, self._objects(id)))]
@@ -522,11 +523,12 @@ class CocoImages(datasets.CocoDetection):
         self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
         self.transforms = _flip_and_sanitize(train)
 
-    def _check_files(self, sizes: list[tuple[str, int, int]]) -> None:
+    def _check_files(self) -> None:
         """Every image is a file inside the folder."""
         present = {os.path.relpath(os.path.join(folder, file), self.root)
-                   for folder, _, files in os.walk(self.root) for file in files}
-        for name, width, height in sizes:
+                   for folder, _, files in os.walk(self.root, followlinks=True) for file in files}
+        for image in self.coco.imgs.values():
+            name, width, height = image["file_name"], image["width"], image["height"]
             if min(width, height) < 1:
                 raise DataError(f"{self.json}: {name} is of {width}x{height} pixels")
             if os.path.normpath(name) not in present:
@@ -534,6 +536,9 @@ class CocoImages(datasets.CocoDetection):
 
     def _check_annotations(self) -> None:
         """Every annotation can be used; what pycocotools takes for granted and other tools leave out is filled in."""
+        for part, index in (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats)):
+            if len(index) != len(self.coco.dataset.get(part, ())):
+                raise DataError(f"{self.json}: several {part} have the same id; give each its own")
         for number, annotation in self.coco.anns.items():
             box = annotation.get("bbox")
             if annotation.get("category_id") not in self.label_of_category:
@@ -541,10 +546,13 @@ class CocoImages(datasets.CocoDetection):
                                 "among its categories")
             if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
                 raise DataError(f"{self.json}: annotation {number} has the box {box}; needed are x, y, width and height")
-            if self.masks and not annotation.get("segmentation"):
-                raise DataError(f"{self.json}: annotation {number} has no segmentation; train without --masks")
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", box[2] * box[3])
+            if annotation.get("image_id") not in self.coco.imgs:
+                raise DataError(f"{self.json}: annotation {number} is of image {annotation.get('image_id')}, which it does not list")
+            if self.masks and not _is_segmentation(annotation.get("segmentation"), self.coco.imgs[annotation["image_id"]]):
+                raise DataError(f"{self.json}: annotation {number} has no segmentation that fits its image, polygons or run lengths; "
+                                "correct it or do without --masks")
+            annotation["iscrowd"] = annotation.get("iscrowd") or 0
+            annotation["area"] = box[2] * box[3] if annotation.get("area") is None else annotation["area"]
         if 0 in self.coco.anns:                                         # pycocotools takes id 0 for "not matched"
             for annotation in self.coco.dataset["annotations"]:
                 annotation["id"] += 1
@@ -575,6 +583,14 @@ class CocoImages(datasets.CocoDetection):
             masks = [self.coco.annToMask(a) for a in objects]
             target["masks"] = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, height, width))
         return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
+
+
+def _is_segmentation(segmentation, image: dict) -> bool:
+    """Run lengths of the image's size, or polygons x1 y1 x2 y2 … of three corners or more."""
+    if isinstance(segmentation, dict):
+        return list(segmentation.get("size", ())) == [image["height"], image["width"]] and bool(segmentation.get("counts"))
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
 
 
 def _has_area(annotation: dict) -> bool:
@@ -668,13 +684,13 @@ class GroupedBatches(Sampler):
 
 
 def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
-                 world: int = 1) -> DataLoader:
+                 world: int = 1, persistent: bool = True) -> DataLoader:
     """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
 
     Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]), of detection (list of images, list
     of targets, indices), see `GroupedBatches`. What does not fill a batch is left out of the epoch. The order depends on
     the seed and the epoch only; the augmentations, on the seed with workers > 0, and with workers = 0 on the random
-    state of this process, which is the script's to seed.
+    state of this process, which is the script's to seed. persistent: the workers live on from epoch to epoch.
     Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
     """
     if batch < 1 or batch % world:
@@ -684,9 +700,10 @@ def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, 
     generator = torch.Generator().manual_seed(seed * world + rank)
     if hasattr(dataset, "aspect_ratios"):
         batches = GroupedBatches(dataset.aspect_ratios, batch, rank, world, seed)
-        return _loader(dataset, workers, batch_sampler=batches, generator=generator)
+        return _loader(dataset, workers, batch_sampler=batches, generator=generator, persistent_workers=persistent and workers > 0)
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
-    return _loader(dataset, workers, batch_size=batch // world, sampler=sampler, drop_last=True, generator=generator)
+    return _loader(dataset, workers, batch_size=batch // world, sampler=sampler, drop_last=True, generator=generator,
+                   persistent_workers=persistent and workers > 0)
 
 
 def forever(loader: DataLoader, start_epoch: int = 0):
@@ -717,8 +734,7 @@ def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, w
 
 def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
     collate = _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
-    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=workers > 0, **options)
+    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
 
 
 def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--data", metavar="DIR", help="its folder")
     group.add_argument("--json", metavar="FILE", help="detection: annotations in COCO's format, in place of the split's")
     group.add_argument("--images", metavar="DIR", help="detection: the folder of their images")
+    group.add_argument("--limit", type=int, help="detection: take the first so many images alone (default: as in training)")
     group.add_argument("--split", default="val", choices=data.SPLITS, help="default: val")
     group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of the normalisation, on 0..1")
     group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="likewise")
@@ -62,6 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.workers < 0:
         parser.error("--workers takes a number of at least 0")
+    if arguments.limit is not None and arguments.limit < 1:
+        parser.error("--limit takes a number of at least 1")
+    if not 0 <= arguments.min_score <= 1:
+        parser.error("--min-score takes a number between 0 and 1")
     if arguments.std and min(arguments.std) <= 0:
         parser.error("--std takes numbers above 0")
     return arguments
@@ -88,7 +93,7 @@ class Score:
 def score_segmentation(arguments: argparse.Namespace, model, checkpoint: dict, process: Process) -> Score:
     dataset = open_split(arguments, checkpoint, data.segmentation_dataset)
     classes = checkpoint["classes"]
-    batch = arguments.eval_batch or dataset.info.eval_batch
+    batch = dataset.info.eval_batch if arguments.eval_batch is None else arguments.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
     result = evaluate_segmentation(model, loader, len(classes), process, checkpoint["mean"], checkpoint["std"], save)
@@ -108,21 +113,27 @@ def score_detection(arguments: argparse.Namespace, model, checkpoint: dict, proc
     trained_on = checkpoint["files"].get(arguments.split, {})
     if arguments.dataset in (None, checkpoint["dataset"]) and not arguments.data:
         files = {key: files[key] or trained_on.get(key) for key in files}
-    dataset = open_split(arguments, checkpoint, data.detection_dataset, **files)
-    batch = arguments.eval_batch or checkpoint["config"]["eval_batch"]
+    limit = arguments.limit
+    if limit is None and not (arguments.json or arguments.data):
+        limit = checkpoint["data_options"].get("limit")
+    masks = checkpoint["model_args"]["masks"]
+    dataset = open_split(arguments, checkpoint, data.detection_dataset, masks=masks, limit=limit, **files)
+    batch = checkpoint["config"]["eval_batch"] if arguments.eval_batch is None else arguments.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     result = evaluate_detection(model, loader, dataset, process)
     if result is None:
         return None
-    path = arguments.checkpoint.with_name("detections.json")
-    path.write_text(json.dumps(result.detections) + "\n")
-    metrics, tables = {"images": len(result.A), "detections": len(result.detections)}, []
+    metrics, tables = {"detections": len(result.detections)}, []
+    if limit:
+        tables.append(f"the first {limit} images alone, by --limit\n")
     for name, kind in {"box": "bbox", "mask": "segm"}.items():
-        if name == "box" or checkpoint["model_args"]["masks"]:
+        if name == "box" or masks:
             labelled = bool(dataset.coco.anns)  # a test split has no labels
             scores, table = average_precision(dataset, result.detections, kind) if labelled else (None, "no labels\n")
             metrics[name] = scores and {key: 100 * value if value >= 0 else None for key, value in scores.items()}
             tables.append(f"{name}, by pycocotools, over {len(result.A)} images\n{table}")
+    path = arguments.checkpoint.with_name("detections.json")
+    path.write_text(json.dumps(result.detections) + "\n")
     tables.append(f"wrote {path}")
     rest = {part: spread(flops / 1e9) for part, flops in result.rest.items()}
     metrics["gflops_outside_backbone"] = rest
@@ -137,7 +148,8 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict, open_dataset, **
     name = arguments.dataset or checkpoint["dataset"]
     same = name == checkpoint["dataset"]
     root = arguments.data or (checkpoint["data"] if same else None)
-    dataset = open_dataset(name, root, arguments.split, train=False, **(checkpoint["data_options"] if same else {}), **files)
+    options = checkpoint["data_options"] if same else {}
+    dataset = open_dataset(name, root, arguments.split, train=False, **options | files)
     classes = list(dataset.classes if hasattr(dataset, "classes") else dataset.info.classes)
     if classes != checkpoint["classes"]:
         raise InputError(f"--dataset {name}: its {len(classes)} classes are not the {len(checkpoint['classes'])} "
@@ -371,7 +383,7 @@ def main() -> None:
         checkpoint["std"] = arguments.std or checkpoint["std"]
         if checkpoint["task"] == "detection":
             model.rcnn.transform.image_mean, model.rcnn.transform.image_std = checkpoint["mean"], checkpoint["std"]
-        for flag in ("predictions",) if checkpoint["task"] == "detection" else ("json", "images"):
+        for flag in ("predictions",) if checkpoint["task"] == "detection" else ("json", "images", "limit"):
             if getattr(arguments, flag):
                 raise InputError(f"--{flag}: does not apply to {arguments.checkpoint}, a checkpoint for {checkpoint['task']}")
         if not arguments.image:

@@ -380,7 +380,7 @@ def load_resnet50(model: Detector, path: Path | str) -> int:
     """
     weights = read_file(path, "torchvision's weights of ResNet-50")
     body = model.pyramid.body.state_dict()
-    lacking = [name for name in body if name not in weights or weights[name].shape != body[name].shape]
+    lacking = [name for name in body if getattr(weights.get(name), "shape", None) != body[name].shape]
     if lacking:
         raise InputError(f"--init {path}: has no {lacking[0]} of the right shape; give torchvision's weights of ResNet-50")
     model.pyramid.body.load_state_dict({name: weights[name] for name in body})

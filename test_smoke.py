@@ -1591,7 +1591,11 @@ def test_bad_coco_files_are_named_in_one_line(tmp_path):
     first = contents["annotations"][0]
     broken(f"annotation {first['id']}", annotations=[first | dict(bbox=[1, 2, 3])])
     broken(f"annotation {first['id']}", annotations=[first | dict(bbox=[1, 2, float("nan"), 4])])
-    broken("--masks", annotations=[first | dict(segmentation=[])])
+    for segmentation in ([], [[]], [[1, 2, 3, 4]], dict(size=[5, 5], counts=[25]), None):
+        broken("--masks", annotations=[first | dict(segmentation=segmentation)])
+    broken("same id", annotations=[first, first])
+    broken("which it does not list", annotations=[first | dict(image_id=5)])
+    broken("width", images=[contents["images"][0] | dict(width="wide")])
     (tmp_path / "annotations" / "bad.json").write_text("{")
     for json_file, images, word in (("bad.json", "train2017", "bad.json"), ("none.json", "train2017", "none.json"),
                                     ("instances_train2017.json", "nowhere", "nowhere")):  # fmt: skip
@@ -1641,7 +1645,7 @@ def test_the_truth_as_detections_has_full_score(tmp_path):
     contents["annotations"] = [a for a in contents["annotations"] if a["bbox"][2]]  # without area nothing can be found
     for number, annotation in enumerate(contents["annotations"]):  # other tools count from 0 and leave things out
         annotation["id"] = number
-        del annotation["area"]
+        annotation["area"] = None
         if not annotation["iscrowd"]:
             del annotation["iscrowd"]
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(contents))
@@ -1672,14 +1676,15 @@ def compare_with_pycocotools(dataset, annotations, results, folder):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    (folder / "results.json").write_text(json.dumps(results))
-    for kind in ("bbox", "segm"):
+    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
+        alone = [{key: value for key, value in result.items() if key != other} for result in results]
+        (folder / "results.json").write_text(json.dumps(alone))
         truth = COCO(annotations)
         official = COCOeval(truth, truth.loadRes(str(folder / "results.json")), kind)
         official.params.imgIds = dataset.image_ids
         official.evaluate(), official.accumulate(), official.summarize()
         scores, _ = train_det.average_precision(dataset, results, kind)
-        assert list(scores.values()) == official.stats.tolist() and scores["AP"] > 0
+        assert list(scores.values()) == official.stats.tolist() and scores["AR 100"] >= 0
 
 
 def test_scores_are_pycocotools(tmp_path):
@@ -1696,6 +1701,9 @@ def test_scores_are_pycocotools(tmp_path):
     compare_with_pycocotools(dataset, str(tmp_path / "annotations" / "instances_train2017.json"), results, tmp_path)
     scores, _ = train_det.average_precision(dataset, [], "bbox")  # nothing found at all
     assert scores["AP"] == 0
+    for result in results:  # the sizes of masks are the masks' own, whatever the boxes are
+        result["bbox"] = [0.0, 0.0, 500.0, 500.0]
+    compare_with_pycocotools(dataset, str(tmp_path / "annotations" / "instances_train2017.json"), results, tmp_path)
 
 
 TINY_DETECTOR = ["--layers", "4", "--width", "4", "--pyramid", "16", "--short-sides", "64", "--long-side", "128", "--anchor", "8",
@@ -1766,6 +1774,12 @@ def test_detections_are_drawn_on_pictures(detected):
     assert "expert" in out and "GFLOPs" in out
     drawn = np.array(Image.open(detected / "drawn" / "000000000001.jpg.png"))
     assert drawn.shape == (80, 60, 3) and (drawn != np.array(Image.open(picture))).any()
+    contents = json.loads((detected / "coco/annotations/instances_val2017.json").read_text())
+    for annotation in contents["annotations"]:
+        del annotation["segmentation"]
+    (detected / "boxes.json").write_text(json.dumps(contents))
+    status, _, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--json", "boxes.json", cwd=detected)
+    assert status == 2 and "boxes.json" in error and "--masks" in error and "\n" not in error.strip()
     status, _, error = run(HERE / "evaluate.py", "runs/pair/last.pt", "--predictions", "x", cwd=detected)
     assert status == 2 and "--predictions" in error and "\n" not in error.strip()
 
@@ -1824,7 +1838,8 @@ def test_static_detector_starts_from_a_file_and_runs_through_the_same_loop(detec
     (["--data", "nowhere"], "nowhere"), (["--train-json", "a.json"], "--val-json"), (["--variant", "deeplabv3-r101"], "--variant"),
     (["--dataset", "shapes", "--init", "x.pth"], "--init"), (["--dataset", "shapes", "--variant", "r50-fpn", "--pyramid", "8"], "--pyramid"),
     (["--dataset", "shapes", "--rois", "0"], "--rois"),
-    (["--dataset", "shapes", "--limit", "4"], "--batch"), (["--dataset", "shapes", "--layers", "3"], "layers"),
+    (["--dataset", "shapes", "--limit", "4"], "--batch"), (["--dataset", "shapes", "--long-side", "1"], "--long-side"),
+    (["--dataset", "shapes", "--layers", "3"], "layers"),
     (["--dataset", "shapes", "--train-json", "a", "--train-images", "b", "--val-json", "c", "--val-images", "d"], "shapes"),
 ])  # fmt: skip
 def test_detection_flags_that_cannot_work_end_in_one_line(flags, word, tmp_path, monkeypatch, capsys):

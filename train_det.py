@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from model import (
 from routing import Routes
 from train_seg import (
     Experts, RunConfig, RunLog, distribute, finish_with_evaluation, make_optimizer, mean_over_processes,
-    recompute_activations, reestimate_batch_norm, resolve, true_subsets, warm_up,
+    recompute_activations, reestimate_batch_norm, resolve, warm_up,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -44,8 +45,8 @@ RECIPES = {
     "coco": dict(data=data.COCO_ROOT, layers=17, width=64, pyramid=256, short_sides=(800,), long_side=1333, anchor=32,
                  proposals=1000, rois=512, iters=90_000, batch=16, lr=0.02, warmup=1000, eval_every=10_000,
                  bn_batches=200, eval_batch=1, kmeans_restarts=0),
-    "shapes": dict(layers=6, width=16, pyramid=64, short_sides=(128,), long_side=128, anchor=8, size=128,
-                   proposals=200, rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000,
+    "shapes": dict(layers=6, width=16, pyramid=32, short_sides=(128,), long_side=128, anchor=8, size=128,
+                   proposals=100, rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000,
                    bn_batches=50, eval_batch=10, kmeans_restarts=4, lambda2=0.02),
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ class Config(RunConfig):
     val_json: str | None = setting(None, "data", "annotations to evaluate on, likewise", type=str)
     val_images: str | None = setting(None, "data", "folder of their images", type=str)
     limit: int | None = setting(None, "data", "take the first N images of each split alone, to overfit on purpose", 1, type=int)
-    long_side: int | None = setting(None, "data", "what the long side is at most resized to", 1, type=int)
+    long_side: int | None = setting(None, "data", "what the long side is at most resized to", 32, type=int)
     # model
     variant: str = setting("divdr-a", "model", "row of the method's table", choices=variants_of("detection"))
     masks: bool = setting(False, "model", "segment instances too (Mask R-CNN)")
@@ -150,7 +151,11 @@ def average_precision(dataset, detections: list[dict], kind: str) -> tuple[dict[
     table = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         if detections:
-            results = dataset.coco.loadRes(copy.deepcopy(detections))  # it writes into what it is given
+            detections = copy.deepcopy(detections)  # it writes into what it is given
+            if kind == "segm":  # with boxes beside the masks it would take the boxes' areas for the sizes
+                for found in detections:
+                    del found["bbox"]
+            results = dataset.coco.loadRes(detections)
         else:
             results = COCO()
             results.dataset = dataset.coco.dataset | {"annotations": []}
@@ -192,7 +197,10 @@ def train(config: Config, process: Process) -> Path:
              "val": {"json": config.val_json, "images": config.val_images}}  # fmt: skip
     train_set = data.detection_dataset(
         config.dataset, config.data, "train", train=True, masks=config.masks, **files["train"], **options)
-    val_set = data.detection_dataset(config.dataset, config.data, "val", train=False, **files["val"], **options)
+    val_set = data.detection_dataset(
+        config.dataset, config.data, "val", train=False, masks=config.masks, **files["val"], **options)
+    if not val_set.coco.anns:
+        raise InputError(f"{config.val_json or config.data}: the annotations to evaluate on are none; give some with --val-json")
     if (train_set.classes, train_set.category_ids) != (val_set.classes, val_set.category_ids):
         raise InputError(f"--val-json {config.val_json}: its categories are not those of the training annotations")
     ranks = (process.rank, process.world)
@@ -215,12 +223,12 @@ def train(config: Config, process: Process) -> Path:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
 
     # ============ opening the run folder ============
-    experts = Experts(config, len(train_set), model.dim, true_subsets(config, train_set), device)
+    experts = Experts(config, model.dim, train_set, device)
     log = RunLog(folder, config, process)
 
     # ============ the alternation ============
     torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation and sampled regions
-    best = -1.0
+    best = -math.inf
     batches = data.forever(loader)
     network.train()
     for iteration in log.iterations():
@@ -258,10 +266,17 @@ def train(config: Config, process: Process) -> Path:
 
         # ============ evaluating and saving ============
         if iteration % config.eval_every == 0 or iteration == config.iters:
-            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks)
+            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
             some = itertools.islice(data.forever(again), config.bn_batches)
             inputs = (model.prepare(to_device(images, [], device)[0])[0].tensors for images, _, _ in some)
             reestimate_batch_norm(model.pyramid, inputs, process)  # the heads have none
+            contents = dict(
+                model_args=model_args, task="detection", dataset=config.dataset, data=config.data, data_options=options,
+                files=files, classes=train_set.classes, category_ids=train_set.category_ids,
+                palette=[list(color) for color in train_set.palette], mean=list(data.MEAN), std=list(data.STD),
+                config=dataclasses.asdict(config), iteration=iteration, **experts.state())
+            if process.first:  # before the evaluation, which may fail
+                save_checkpoint(folder / "last.pt", model, **contents)
             result = evaluate_detection(model, val_loader, val_set, process)
             network.train()
             if process.first:
@@ -270,12 +285,6 @@ def train(config: Config, process: Process) -> Path:
                 words = ", ".join(f"{name} AP {100 * score['AP']:.2f}" for name, score in scores.items())
                 log.evaluation(iteration, words, result.flops, **scores)
                 ap = next(reversed(scores.values()))["AP"]  # of masks, where there are any
-                contents = dict(
-                    model_args=model_args, task="detection", dataset=config.dataset, data=config.data, data_options=options,
-                    files=files, classes=train_set.classes, category_ids=train_set.category_ids,
-                    palette=[list(color) for color in train_set.palette], mean=list(data.MEAN), std=list(data.STD),
-                    config=dataclasses.asdict(config), iteration=iteration, scores=scores, **experts.state())
-                save_checkpoint(folder / "last.pt", model, **contents)
                 if ap > best:
                     best = ap
                     save_checkpoint(folder / "best.pt", model, **contents)

@@ -67,7 +67,8 @@ class RunConfig:
     dataset: str = setting("shapes", "data", "data set")
     data: str | None = setting(None, "data", "its folder; shapes needs none", type=str)
     short_sides: tuple | None = setting(
-        None, "data", "short sides that a training image is resized to, drawn at random", 1, type=int, nargs="+")
+        None, "data", "short sides that a training image is resized to, drawn at random; in detection the last one "
+        "is also that of evaluation", 16, type=int, nargs="+")
     subsets: int | None = setting(None, "data", "shapes: known subsets among the images, 2 to 4 (default: 3)", 2, 4, type=int)
     size: int | None = setting(None, "data", "shapes: side of the images, a multiple of 32", type=int)
     hard: bool = setting(False, "data", "shapes: the subsets differ in object scale alone")
@@ -256,12 +257,17 @@ def recompute_activations(model: nn.Module, bank: kmeans.ActivationBank, loader,
 class Experts:
     """Step (2) of the alternation: the bank, the centres, and when K-means moves them.
 
-    subset: with --oracle, the true subset of each training image, int64 [N], in place of what K-means finds.
+    With --oracle the true subset of each training image takes the place of what K-means finds. dim: length of A(x),
+    0 of a static network, which has no experts. Raises InputError where a flag does not fit the training set.
     """
 
-    def __init__(self, config: RunConfig, samples: int, dim: int, subset: Tensor | None, device: torch.device):
-        self.config, self.subset = config, subset
-        self.bank = kmeans.ActivationBank(samples, dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
+    def __init__(self, config: RunConfig, dim: int, train_set, device: torch.device):
+        if dim and config.k > len(train_set):
+            raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
+        if config.oracle and (train_set.subset is None or config.k != int(train_set.subset.max()) + 1):
+            raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
+        self.config, self.subset = config, train_set.subset if config.oracle else None
+        self.bank = kmeans.ActivationBank(len(train_set), dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
         self.clusters, self.next_update = None, config.kmeans_every
 
     def due(self, iteration: int) -> bool:
@@ -289,17 +295,6 @@ class Experts:
         """For the checkpoint: bank, centres and sigma2."""
         centers, sigma2 = (None, None) if self.clusters is None else (self.clusters.centers.cpu(), self.clusters.sigma2)
         return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2}
-
-
-def true_subsets(config: RunConfig, dataset) -> Tensor | None:
-    """With --oracle, the true subset of each image of the training set; InputError where a flag does not fit the set."""
-    if config.k > len(dataset):
-        raise InputError(f"--k {config.k}: the training set has only {len(dataset)} images")
-    if not config.oracle:
-        return None
-    if dataset.subset is None or config.k != int(dataset.subset.max()) + 1:
-        raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
-    return dataset.subset
 
 
 def train(config: Config, process: Process) -> Path:
@@ -334,12 +329,12 @@ def train(config: Config, process: Process) -> Path:
     val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, *ranks)
 
     # ============ opening the run folder ============
-    experts = Experts(config, len(train_set), model.dim, true_subsets(config, train_set), device)
+    experts = Experts(config, model.dim, train_set, device)
     log = RunLog(folder, config, process)
 
     # ============ the alternation ============
     torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
-    best = -1.0
+    best = -math.inf
     batches = data.forever(loader)
     network.train()
     for iteration in log.iterations():
@@ -377,23 +372,22 @@ def train(config: Config, process: Process) -> Path:
 
         # ============ evaluating and saving ============
         if iteration % config.eval_every == 0 or iteration == config.iters:
-            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks)
+            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
             some = itertools.islice(data.forever(again), config.bn_batches)
             reestimate_batch_norm(model, (data.normalize(images.to(device)) for images, _, _ in some), process)
+            contents = dict(
+                model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data, data_options=options,
+                classes=list(classes), palette=[list(color) for color in train_set.info.palette], mean=list(data.MEAN),
+                std=list(data.STD), config=dataclasses.asdict(config), iteration=iteration, **experts.state())
+            if process.first:  # before the evaluation, which may fail
+                save_checkpoint(folder / "last.pt", model, **contents)
             result = evaluate_segmentation(model, val_loader, len(classes), process, data.MEAN, data.STD)
             network.train()
             iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
             log.evaluation(iteration, f"mIoU {100 * result.miou():.2f}", result.flops, miou=result.miou(), iou=iou)
-            if process.first:
-                contents = dict(
-                    model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
-                    data_options=options, classes=list(classes), palette=[list(color) for color in train_set.info.palette],
-                    mean=list(data.MEAN), std=list(data.STD), config=dataclasses.asdict(config), iteration=iteration,
-                    miou=result.miou(), **experts.state())
-                save_checkpoint(folder / "last.pt", model, **contents)
-                if result.miou() > best:
-                    best = result.miou()
-                    save_checkpoint(folder / "best.pt", model, **contents)
+            if process.first and result.miou() > best:
+                best = result.miou()
+                save_checkpoint(folder / "best.pt", model, **contents)
     log.close()
     return folder / "last.pt"
 
