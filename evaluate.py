@@ -2,6 +2,7 @@
 
     python evaluate.py runs/NAME/last.pt                             # scores, cost and experts; metrics.json, experts.png
     python evaluate.py runs/NAME/last.pt --split test --predictions DIR
+    python evaluate.py FILE --variant dr-a                           # a checkpoint of Dynamic Routing's authors
     python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER      # colour overlays, and which expert took each
     torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt        # each image counts once
 
@@ -26,8 +27,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 import data
 import kmeans
 from model import (
-    InputError, OneLineParser, Process, default_workers, leave_cores_to_loaders, load_checkpoint, one_line_errors,
-    start_process,
+    VARIANTS, InputError, OneLineParser, Process, default_workers, leave_cores_to_loaders, load_checkpoint, load_published,
+    one_line_errors, start_process,
 )  # fmt: skip
 from routing import OPEN
 from train_det import average_precision, evaluate_detection
@@ -39,6 +40,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a file written by train_seg.py or train_det.py")
+    parser.add_argument("--variant", choices=[name for name, row in VARIANTS.items() if row.gate],
+                        help="the checkpoint is one of Dynamic Routing's authors, of this kind; its data set is Cityscapes")  # fmt: skip
     group = parser.add_argument_group("data (by default as in training)")
     group.add_argument("--dataset", choices=list(dict.fromkeys([*data.SEGMENTATION, *data.DETECTION])),
                        help="data set; its classes must be the checkpoint's")  # fmt: skip
@@ -245,7 +248,7 @@ def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Proce
     metrics["gflops"] = {count: spread(flops / 1e9) for count, flops in result.flops.items()}
     centers = checkpoint["centers"]
     if model.dim and centers is None:
-        print("the checkpoint has no centres yet (it stopped before the first K-means): clustering this split instead")
+        print("the checkpoint has no centres: clustering this split instead")
         centers = kmeans.kmeans(result.A, min(checkpoint["config"]["k"], len(result.A)))[0]
     if centers is not None:
         metrics |= describe_experts(result.A, result.flops["paper"], centers)
@@ -370,12 +373,27 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
         print(f"{line} -> {target}")
 
 
+def open_published(arguments: argparse.Namespace, process: Process):
+    """The model of a checkpoint of Dynamic Routing's authors, and what our own checkpoints would say about it."""
+    model, checkpoint = load_published(arguments.checkpoint, arguments.variant, process.device)
+    info = data.SEGMENTATION[arguments.dataset if arguments.dataset in data.SEGMENTATION else "cityscapes"]
+    classes = checkpoint["model_args"]["num_classes"]
+    if classes != len(info.classes):
+        raise InputError(f"{arguments.checkpoint}: has {classes} classes, {info.name} has {len(info.classes)}; give its --dataset")
+    about = dict(task="segmentation", dataset=info.name, data=None, data_options={}, classes=list(info.classes),
+                 palette=info.palette, mean=list(data.MEAN), std=list(data.STD), config={"k": 4}, centers=None)  # fmt: skip
+    return model, checkpoint | about
+
+
 def main() -> None:
     arguments = parse_arguments()
     with one_line_errors(InputError, data.DataError, OSError):
         process = start_process(arguments.device)
         leave_cores_to_loaders(process.device, arguments.workers)
-        model, checkpoint = load_checkpoint(arguments.checkpoint, process.device)
+        if arguments.variant:
+            model, checkpoint = open_published(arguments, process)
+        else:
+            model, checkpoint = load_checkpoint(arguments.checkpoint, process.device)
         missing = {"task", "dataset", "data", "data_options", "classes", "palette", "mean", "std", "config", "centers"} - checkpoint.keys()
         if missing:
             raise InputError(f"{arguments.checkpoint}: holds no {sorted(missing)[0]}; give a file written by train_seg.py or train_det.py")

@@ -17,6 +17,7 @@ import argparse
 import copy
 import dataclasses
 import os
+import re
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -373,8 +375,8 @@ def resnet50_fpn(frozen: bool) -> nn.Module:
         trainable_layers=3 if frozen else 5)  # fmt: skip
 
 
-def load_resnet50(model: Detector, path: Path | str) -> int:
-    """Starts a static detector from a file of torchvision's ResNet-50 ImageNet weights; returns how many tensors it took.
+def load_resnet50(model: Detector, path: Path | str) -> str:
+    """Starts a static detector from a file of torchvision's ResNet-50 ImageNet weights; returns what it did, in words.
 
     Raises InputError where the file is missing, is no such file, or lacks one of the weights.
     """
@@ -384,7 +386,7 @@ def load_resnet50(model: Detector, path: Path | str) -> int:
     if lacking:
         raise InputError(f"--init {path}: has no {lacking[0]} of the right shape; give torchvision's weights of ResNet-50")
     model.pyramid.body.load_state_dict({name: weights[name] for name in body})
-    return len(body)
+    return f"{len(body)} tensors matched"
 
 
 def count_multiply_adds(network: nn.Module, image: Tensor, elementwise: bool = True) -> int:
@@ -490,13 +492,145 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
     return model.to(device).eval(), contents
 
 
+# Checkpoints of Dynamic Routing's authors: our names of the parts -> theirs, in this order.
+PUBLISHED_NAMES = [
+    (r"^backbone\.stem\.0\.", "backbone.stem.stem_1."),
+    (r"^backbone\.stem\.1\.", "backbone.stem.stem_1.norm."),
+    (r"^backbone\.stem\.3\.", "backbone.stem.stem_2.0."),
+    (r"^backbone\.stem\.4\.", "backbone.stem.stem_2.1."),
+    (r"^backbone\.stem\.5\.", "backbone.stem.stem_2.1.norm."),
+    (r"^backbone\.stem\.7\.", "backbone.stem.stem_3.0."),
+    (r"^backbone\.stem\.8\.", "backbone.stem.stem_3.1."),
+    (r"^backbone\.stem\.9\.", "backbone.stem.stem_3.1.norm."),
+    (r"^backbone\.init\.", "backbone.init_layer."),
+    (r"^backbone\.layers\.", "backbone.all_cell_list."),
+    (r"\.cell\.body\.0\.", ".cell_ops._ops.0.op.0."),
+    (r"\.cell\.body\.1\.", ".cell_ops._ops.0.op.1."),
+    (r"\.cell\.body\.2\.", ".cell_ops._ops.0.op.1.norm."),
+    (r"\.cell\.body\.4\.", ".cell_ops._ops.0.op.2."),
+    (r"\.cell\.body\.5\.", ".cell_ops._ops.0.op.3."),
+    (r"\.cell\.body\.6\.", ".cell_ops._ops.0.op.3.norm."),
+    (r"\.(up|down)\.0\.", r".res_\1.1."),
+    (r"\.(up|down)\.1\.", r".res_\1.1.norm."),
+    (r"\.gate\.features\.0\.", ".gate_conv_beta.0."),
+    (r"\.gate\.features\.1\.", ".gate_conv_beta.0.norm."),
+    (r"\.gate\.decide\.", ".gate_conv_beta.2."),
+    (r"^head\.laterals\.(\d)\.0\.", r"sem_seg_head.layer_decoder_list.\1."),
+    (r"^head\.laterals\.(\d)\.1\.", r"sem_seg_head.layer_decoder_list.\1.norm."),
+    (r"^head\.predictor\.", "sem_seg_head.predictor."),
+]
+
+
+def published_name(name: str) -> str:
+    """The name that a weight of `RoutedSegmenter` has in the checkpoints of Dynamic Routing's authors."""
+    for ours, theirs in PUBLISHED_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def published_weights(contents: dict) -> dict[str, Tensor] | None:
+    """The weights in a checkpoint of Dynamic Routing's authors, by their names; None of any other file.
+
+    The first convolution is made to fit our input. Theirs is BGR on 0..255 with the mean taken off, ours RGB on 0..1 with
+    the mean taken off and divided by the deviation, which is a permutation and a factor: that convolution pads nothing.
+    """
+    weights = contents.get("model", contents)
+    first = "backbone.stem.stem_1.weight"
+    if not isinstance(weights, dict) or first not in weights:
+        return None
+    weights = {name: torch.as_tensor(value) for name, value in weights.items() if isinstance(value, (Tensor, np.ndarray))}
+    if first not in weights or weights[first].dim() != 4 or weights[first].shape[1] != 3:
+        return None
+    deviation = 255 * weights[first].new_tensor([0.229, 0.224, 0.225])  # ImageNet's, RGB
+    return weights | {first: weights[first].flip(1) * deviation[:, None, None]}
+
+
+class Initialized(NamedTuple):
+    """What `initialize` did with each tensor, by our names and by those in the file."""
+
+    matched: list[str]
+    missing: list[str]  # of the model: not in the file, or of another shape there
+    left_over: list[str]  # of the file
+
+    def __str__(self) -> str:
+        words = f"{len(self.matched)} tensors matched"
+        for names, what in ((self.missing, "missing"), (self.left_over, "left over")):
+            words += f", {len(names)} {what}" + (f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else "")
+        return words
+
+
+def initialize(model: nn.Module, path: Path | str) -> Initialized:
+    """Starts a routed model from the weights of a file: a checkpoint of ours, for either task, or one of Dynamic
+    Routing's authors. What the file does not have, or has in another shape, stays as it is: the gates, for one, with
+    their ImageNet backbones "Fix", and the head with another number of classes.
+
+    Raises InputError where the file cannot be read or not even its first convolution fits.
+    """
+    contents = read_file(path, "a checkpoint of train_seg.py, train_det.py or of Dynamic Routing's authors")
+    found, rename = published_weights(contents), published_name
+    if found is None:
+        found, rename = contents.get("weights"), lambda name: name
+        found = {_shared_name(name): weight for name, weight in found.items()} if isinstance(found, dict) else {}
+    return _take(model, found, rename, f"--init {path}")
+
+
+def _take(model: nn.Module, found: dict[str, Tensor], rename, what: str) -> Initialized:
+    """Loads into the model what fits of `found`, whose names are `rename` of ours."""
+    found = {name: weight for name, weight in found.items() if not name.endswith("num_batches_tracked")}
+    state = {name: weight for name, weight in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    theirs = {name: rename(_shared_name(name)) for name in state}
+    matched = [name for name in state if getattr(found.get(theirs[name]), "shape", None) == state[name].shape]
+    if not any(_shared_name(name) == "backbone.stem.0.weight" for name in matched):  # a few biases always fit
+        raise InputError(f"{what}: its weights do not fit the network; give a checkpoint of a routed one of the same --width")
+    model.load_state_dict({name: found[theirs[name]] for name in matched}, strict=False)
+    used = {theirs[name] for name in matched}
+    return Initialized(matched, [n for n in state if n not in set(matched)], [n for n in found if n not in used])
+
+
+def _shared_name(name: str) -> str:
+    """A weight of a detector's backbone by the name that it has in a segmentation network."""
+    return name.removeprefix("rcnn.backbone.") if name.startswith("rcnn.backbone.backbone.") else name
+
+
+def load_published(path: Path | str, variant: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """A segmentation checkpoint of Dynamic Routing's authors -> the model in evaluation mode, and the file's contents.
+
+    The variant says which gate it has, "full" or "small", which their files do not. Raises InputError where the file is
+    none of theirs or lacks a weight.
+    """
+    contents = read_file(path, "a checkpoint of train_seg.py, train_det.py or of Dynamic Routing's authors")
+    weights = published_weights(contents)
+    if weights is None:
+        raise InputError(f"{path}: --variant is for checkpoints of Dynamic Routing's authors; this is none of them")
+    if "sem_seg_head.predictor.weight" not in weights:
+        raise InputError(f"{path}: a backbone without a head, which has nothing to evaluate; train from it with --init")
+    layers = 1 + max([int(layer) for layer in re.findall(r"backbone\.all_cell_list\.(\d{1,3})\.", " ".join(weights))], default=0)
+    width, classes = len(weights["backbone.stem.stem_1.weight"]), len(weights["sem_seg_head.predictor.weight"])
+    args = dict(variant=variant, task="segmentation", num_classes=classes)
+    model = build_model(**args, layers=layers, width=width)
+    missing = _take(model, weights, published_name, str(path)).missing
+    if missing:
+        raise InputError(f"{path}: lacks {published_name(missing[0])}, and with it {len(missing)} weights of {variant}; "
+                         "train from it with --init")  # fmt: skip
+    return model.to(device).eval(), {"model_args": args, "iteration": int(contents.get("iteration", 0))}
+
+
+def _numpy_globals() -> list:
+    """What NumPy's numbers and arrays need to be read from a file, under the names that NumPy 1 and 2 write."""
+    makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
+    named = [(maker, f"numpy.{core}.multiarray.{name}") for name, maker in makers.items() for core in ("core", "_core")]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
+    return [*named, np.ndarray, np.dtype, *kinds]
+
+
 def read_file(path: Path | str, wanted: str) -> dict:
-    """What `torch.save` wrote to a file, with tensors on the CPU. Nothing in the file is executed.
+    """What `torch.save` wrote to a file, with tensors on the CPU. Nothing in the file is executed; NumPy numbers may be in it.
 
     Raises InputError, with what is `wanted` in it, where the file is missing, unreadable or holds no dict.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_globals()):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give a file in it, such as {path}/last.pt") from None
     except FileNotFoundError:

@@ -1187,6 +1187,151 @@ def test_works_alone_in_an_empty_folder(name, tmp_path):
     assert status == 0, error
 
 
+# ============ published checkpoints of Dynamic Routing ============
+
+
+def published_shapes(layers=16, C=64, classes=19):
+    """Names and shapes of the weights as the authors' code writes them, spelled out from the description of its modules."""
+    shapes = {}
+
+    def conv(name, c_in, c_out, k=1, groups=1, norm=True):
+        shapes[f"{name}.weight"] = (c_out, c_in // groups, k, k)
+        for part in ("weight", "bias", "running_mean", "running_var") if norm else ():
+            shapes[f"{name}.norm.{part}"] = (c_out,)
+
+    def with_bias(name, c_in, c_out, k=1):
+        conv(name, c_in, c_out, k, norm=False)
+        shapes[f"{name}.bias"] = (c_out,)
+
+    def node(name, c, up, down):
+        for i, k in enumerate((3, 1, 3, 1)):
+            conv(f"{name}.cell_ops._ops.0.op.{i}", c, c, k, groups=c if k == 3 else 1, norm=k == 1)
+        if up:
+            conv(f"{name}.res_up.1", c, c // 2)
+        if down:
+            conv(f"{name}.res_down.1", c, 2 * c)
+        conv(f"{name}.gate_conv_beta.0", c, c // 2)
+        with_bias(f"{name}.gate_conv_beta.2", c // 2, 1 + up + down)
+
+    conv("backbone.stem.stem_1", 3, C, 3)
+    for stage in ("stem_2", "stem_3"):
+        conv(f"backbone.stem.{stage}.0", C, C, 3, groups=C, norm=False)
+        conv(f"backbone.stem.{stage}.1", C, C)
+    node("backbone.init_layer", C, up=False, down=True)
+    for layer, nodes in enumerate([2, 3] + [4] * (layers - 2)):
+        for s in range(nodes):
+            last = layer == layers - 1
+            node(f"backbone.all_cell_list.{layer}.{s}", C * 2**s, up=s > 0 and not last, down=s < 3 and not last)
+    for s in range(4):
+        conv(f"sem_seg_head.layer_decoder_list.{s}", C * 2**s, C * 2**s // (1 if s == 0 else 2))
+    with_bias("sem_seg_head.predictor", C, classes, 3)
+    return shapes
+
+
+def published_file(path, layers=4, C=8, classes=19, gates=True, head=True):
+    """Random weights in the authors' format, optimiser state and NumPy numbers among them; returns the weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in published_shapes(layers, C, classes).items():
+        if (gates or "gate_conv" not in name) and (head or not name.startswith("sem_seg")):
+            scale = (2 / math.prod(shape[1:])) ** 0.5 if len(shape) == 4 else 0.2
+            weights[name] = scale * torch.randn(shape, generator=generator) + (1 if len(shape) == 1 else 0)
+            weights[name] = weights[name].abs() if name.endswith("running_var") else weights[name]
+            if name.endswith("norm.weight"):
+                weights[name.replace("norm.weight", "norm.num_batches_tracked")] = torch.tensor(7)
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2), "step": np.int64(3)}}, "lr": np.float64(0.05)}
+    torch.save({"model": weights, "optimizer": optimizer, "iteration": np.int64(12), "seen": np.arange(3.0)}, path)
+    return weights
+
+
+@pytest.mark.parametrize("layers", [16, 33])
+def test_every_published_name_is_one_of_ours_and_the_reverse(layers):
+    network = model.build_model("dr-raw", "segmentation", 19, layers=layers)
+    ours = {name: tuple(w.shape) for name, w in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    named = {model.published_name(name): shape for name, shape in ours.items()}
+    assert len(named) == len(ours) and named == published_shapes(layers)
+    below_head = sum(p.numel() for p in network.backbone.parameters())
+    assert below_head == {16: 17_596_853, 33: 38_683_551}[layers]
+
+
+def test_published_input_becomes_ours(tmp_path):
+    weights = published_file(tmp_path / "f.pth")
+    network, _ = model.load_published(tmp_path / "f.pth", "dr-raw")
+    rgb = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
+    mean = torch.tensor([103.530, 116.280, 123.675])[:, None, None]
+    theirs = torch.nn.functional.conv2d(rgb.flip(1).double() - mean, weights["backbone.stem.stem_1.weight"].double(), stride=2)
+    ours = network.backbone.stem[0](data.normalize(rgb))
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_published_checkpoint_is_read_whole_and_evaluated(tmp_path, monkeypatch, capsys):
+    weights = published_file(tmp_path / "dr_a.pth")
+    network, contents = model.load_published(tmp_path / "dr_a.pth", "dr-a")
+    assert network.backbone.gate == "small" and network.backbone.width == 8 and contents["iteration"] == 12
+    state = network.state_dict()
+    for name, weight in state.items():
+        if name != "backbone.stem.0.weight":
+            assert torch.equal(weight, weights[model.published_name(name)]) or name.endswith("num_batches_tracked")
+    write_camvid(tmp_path / "camvid")
+    published_file(tmp_path / "camvid.pth", classes=11)
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate.py", "camvid.pth", "--variant", "dr-a", "--data", "camvid", "--workers", "0", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--dataset", "camvid"])
+    evaluate.main()
+    metrics = json.loads(Path("metrics.json").read_text())
+    assert metrics["images"] == 12 and metrics["variant"] == "dr-a" and metrics["gflops"]["paper"]["mean"] > 0
+    capsys.readouterr()
+    for arguments, word in ((command, "11 classes"), (["evaluate.py", "metrics.json", "--variant", "dr-a"], "metrics.json")):
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main()
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and word in error and "\n" not in error
+    published_file(tmp_path / "fix.pth", gates=False)
+    with pytest.raises(model.InputError, match="--init"):
+        model.load_published(tmp_path / "fix.pth", "dr-a")
+    published_file(tmp_path / "imagenet.pth", head=False)
+    with pytest.raises(model.InputError, match="--init"):
+        model.load_published(tmp_path / "imagenet.pth", "dr-a")
+
+
+def test_initialize_says_what_fits(tmp_path):
+    weights = published_file(tmp_path / "fix.pth", gates=False, head=False)
+    network = model.build_model("dr-a", "segmentation", 11, layers=4, width=8)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    report = model.initialize(network, tmp_path / "fix.pth")
+    assert len(report.matched) == len([n for n in weights if "tracked" not in n]) and not report.left_over
+    assert all(".gate." in name or name.startswith("head.") for name in report.missing)
+    for name in report.missing:
+        assert torch.equal(network.state_dict()[name], before[name])
+    assert f"{len(report.matched)} tensors matched, {len(report.missing)} missing (" in str(report)
+
+    published_file(tmp_path / "other.pth", classes=19)  # the head's classifier differs, all else fits
+    report = model.initialize(network, tmp_path / "other.pth")
+    assert report.missing == ["head.predictor.weight", "head.predictor.bias"] and len(report.left_over) == 2
+
+    model.save_checkpoint(tmp_path / "ours.pt", network, model_args={})
+    detector = small_detector(layers=5, width=8)  # the backbone's first layers are the same
+    report = model.initialize(detector, tmp_path / "ours.pt")
+    assert torch.equal(detector.backbone.layers[2][1].cell.body[0].weight, network.backbone.layers[2][1].cell.body[0].weight)
+    assert {n for n in report.left_over if not n.startswith("head.")} and "rcnn.rpn.head.conv.0.0.weight" in report.missing
+    model.save_checkpoint(tmp_path / "detector.pt", detector, model_args={})
+    again = model.build_model("dr-a", "segmentation", 11, layers=4, width=8)
+    model.initialize(again, tmp_path / "detector.pt")
+    assert torch.equal(again.backbone.stem[3].weight, network.backbone.stem[3].weight)
+
+    for number, contents in enumerate(({"model": {"backbone.stem.stem_1.weight": 3}}, {"weights": 5}, {"weights": {"backbone.stem.0.weight": 1}},
+                                       {"model": {"backbone.stem.stem_1.weight": torch.zeros(2)}})):  # fmt: skip
+        torch.save(contents, tmp_path / f"{number}.pth")
+        with pytest.raises(model.InputError, match=f"{number}.pth"):
+            model.initialize(network, tmp_path / f"{number}.pth")
+        with pytest.raises(model.InputError, match=f"{number}.pth"):
+            model.load_published(tmp_path / f"{number}.pth", "dr-a")
+    narrow = model.build_model("dr-a", "segmentation", 11, layers=4, width=4)
+    with pytest.raises(model.InputError, match="do not fit the network"):
+        model.initialize(narrow, tmp_path / "ours.pt")
+
+
 # ============ the training recipe ============
 
 
@@ -1234,7 +1379,8 @@ def test_variants_are_the_methods_table():
     (["--dataset", "shapes", "--k", "5000"], "--k"), (["--device", "cuda:7"], "--device"), (["--dataset", "shapes", "--data", "x"], "x"),
     (["--variant", "deeplabv3-r101", "--width", "8"], "--width"), (["--dataset", "shapes", "--oracle", "--k", "5"], "--oracle"),
     (["--dataset", "shapes", "--batch", "1"], "--batch"), (["--dataset", "shapes", "--lr", "nan"], "--lr"), (["--budget", "2"], "--budget"),
-    (["--variant", "dr-raw", "--lambda1", "0.5"], "--budget"),
+    (["--variant", "dr-raw", "--lambda1", "0.5"], "--budget"), (["--dataset", "shapes", "--init", "x.pth"], "x.pth"),
+    (["--variant", "deeplabv3-r101", "--init", "x.pth"], "--init"),
     (["--dataset", "shapes", "--subsets", "1"], "--subsets"), (["--dataset", "shapes", "--size", "0"], "size"),
     (["--dataset", "shapes", "--layers", "0"], "layers"), (["--device", "cpu:abc"], "--device"), (["--width", "7", "--dataset", "shapes"], "width"),
 ])  # fmt: skip
@@ -1820,7 +1966,7 @@ def test_static_detector_starts_from_a_file_and_runs_through_the_same_loop(detec
                 "--batch", "2", "--iters", "1", "--bn-batches", "1", "--workers", "0", "--name", "static", "--device", "cpu"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", sys_argv)
     train_det.main()
-    assert "took 265 tensors" in capsys.readouterr().out  # 53 convolutions, 53 norms of 4 numbers each
+    assert "265 tensors matched" in capsys.readouterr().out  # 53 convolutions, 53 norms of 4 numbers each
     network, checkpoint = model.load_checkpoint("runs/static/last.pt")
     body = network.pyramid.body.state_dict()
     assert torch.equal(body["layer1.0.conv1.weight"], resnet.layer1[0].conv1.weight)  # fixed, as torchvision trains it
@@ -1836,7 +1982,7 @@ def test_static_detector_starts_from_a_file_and_runs_through_the_same_loop(detec
 
 @pytest.mark.parametrize("flags, word", [
     (["--data", "nowhere"], "nowhere"), (["--train-json", "a.json"], "--val-json"), (["--variant", "deeplabv3-r101"], "--variant"),
-    (["--dataset", "shapes", "--init", "x.pth"], "--init"), (["--dataset", "shapes", "--variant", "r50-fpn", "--pyramid", "8"], "--pyramid"),
+    (["--dataset", "shapes", "--init", "x.pth"], "x.pth"), (["--dataset", "shapes", "--variant", "r50-fpn", "--pyramid", "8"], "--pyramid"),
     (["--dataset", "shapes", "--rois", "0"], "--rois"),
     (["--dataset", "shapes", "--limit", "4"], "--batch"), (["--dataset", "shapes", "--long-side", "1"], "--long-side"),
     (["--dataset", "shapes", "--layers", "3"], "layers"),

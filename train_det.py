@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 import losses
 from model import (
-    VARIANTS, InputError, Process, build_model, leave_cores_to_loaders, load_resnet50, one_line_errors, parse_settings,
+    VARIANTS, InputError, Process, build_model, initialize, leave_cores_to_loaders, load_resnet50, one_line_errors, parse_settings,
     save_checkpoint, setting, start_process, variants_of,
 )  # fmt: skip
 from routing import Routes
@@ -70,7 +70,9 @@ class Config(RunConfig):
     anchor: int | None = setting(None, "model", "side of the anchors at stride 4 in pixels, doubled from scale to scale", 1, type=int)
     proposals: int | None = setting(None, "model", "proposals per image in evaluation; twice as many in training", 1, type=int)
     rois: int | None = setting(None, "model", "regions per image that the box head is trained on", 1, type=int)
-    init: str | None = setting(None, "model", "r50-fpn: start from this file of torchvision's ImageNet weights", type=str)
+    init: str | None = setting(
+        None, "model", "start from the weights in this file: a checkpoint of ours or of Dynamic Routing's authors, for either "
+        "task; r50-fpn: torchvision's ImageNet weights of ResNet-50", type=str)
     # optimiser
     lr_steps: tuple | None = setting(
         None, "optimiser", "iterations after which the learning rate falls to a tenth (default: 2/3 and 8/9 of --iters)",
@@ -184,8 +186,6 @@ def train(config: Config, process: Process) -> Path:
     if config.lr_steps is None:
         config = dataclasses.replace(config, lr_steps=(round(config.iters * 2 / 3), round(config.iters * 8 / 9)))
     static = VARIANTS[config.variant].gate is None
-    if config.init and not static:
-        raise InputError(f"--init {config.init}: starts r50-fpn from ResNet-50's weights; {config.variant} has none of them")
     folder = Path(config.out) / config.name
     device = process.device
     torch.manual_seed(config.seed)
@@ -212,10 +212,13 @@ def train(config: Config, process: Process) -> Path:
         variant=config.variant, task="detection", num_classes=len(train_set.classes), layers=config.layers,
         width=config.width, gate=config.gate, gate_space=config.gate_space, pyramid=config.pyramid, masks=config.masks,
         short_sides=config.short_sides, long_side=config.long_side, anchor=config.anchor, proposals=config.proposals,
-        rois=config.rois, frozen=config.init is not None)
-    model = build_model(**model_args).to(device)
+        rois=config.rois, frozen=static and config.init is not None)
+    model = build_model(**model_args)
     if config.init:
-        print(f"{config.init}: took {load_resnet50(model, config.init)} tensors for the ResNet-50 of {config.variant}")
+        report = (load_resnet50 if static else initialize)(model, config.init)
+        if process.first:
+            print(f"{config.init}: {report}")
+    model = model.to(device)
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = distribute(model, process)

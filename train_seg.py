@@ -33,8 +33,8 @@ import data
 import kmeans
 import losses
 from model import (
-    VARIANTS, InputError, Process, build_model, check_ranges, default_workers, leave_cores_to_loaders, one_line_errors,
-    parse_settings, save_checkpoint, setting, start_process, variants_of,
+    VARIANTS, InputError, Process, build_model, check_ranges, default_workers, initialize, leave_cores_to_loaders,
+    one_line_errors, parse_settings, save_checkpoint, setting, start_process, variants_of,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -79,6 +79,8 @@ class RunConfig:
     layers: int | None = setting(None, "model", "layers of the routed backbone", type=int)
     width: int | None = setting(None, "model", "channels at stride 4; 64 is the published width", type=int)
     gate: str | None = setting(None, "model", "what a gate looks at, by default the variant's", choices=["full", "small"])
+    init: str | None = setting(
+        None, "model", "start from the weights in this file: a checkpoint of ours or of Dynamic Routing's authors", type=str)
     # optimiser
     iters: int | None = setting(None, "optimiser", "SGD steps", 1, type=int)
     batch: int | None = setting(None, "optimiser", "images per step over all processes", 1, type=int)
@@ -146,6 +148,8 @@ def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfi
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: {config.variant} has no budget; give the share to aim at with --budget")
+    if config.init and not routed and config.variant != "r50-fpn":
+        raise InputError(f"--init {config.init}: starts routed networks, and r50-fpn; {config.variant} is none of them")
     if not routed and (config.lambda1 or config.lambda2):
         raise InputError(f"--lambda1 and --lambda2 do not apply to {config.variant}, which has no gates")
     return config
@@ -312,7 +316,12 @@ def train(config: Config, process: Process) -> Path:
     model_args = dict(
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate, gate_space=config.gate_space)
-    model = build_model(**model_args).to(device)
+    model = build_model(**model_args)
+    if config.init:
+        report = initialize(model, config.init)
+        if process.first:
+            print(f"{config.init}: {report}")
+    model = model.to(device)
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = distribute(model, process)
