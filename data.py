@@ -25,6 +25,8 @@ import io
 import itertools
 import math
 import os
+import signal
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -32,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
@@ -539,6 +541,7 @@ class CocoImages(datasets.CocoDetection):
         for part, index in (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats)):
             if len(index) != len(self.coco.dataset.get(part, ())):
                 raise DataError(f"{self.json}: several {part} have the same id; give each its own")
+        without_area = []
         for number, annotation in self.coco.anns.items():
             box = annotation.get("bbox")
             if annotation.get("category_id") not in self.label_of_category:
@@ -551,8 +554,13 @@ class CocoImages(datasets.CocoDetection):
             if self.masks and not _is_segmentation(annotation.get("segmentation"), self.coco.imgs[annotation["image_id"]]):
                 raise DataError(f"{self.json}: annotation {number} has no segmentation that fits its image, polygons or run lengths; "
                                 "correct it or do without --masks")
+            if not _has_area(annotation):
+                without_area.append(number)
             annotation["iscrowd"] = annotation.get("iscrowd") or 0
             annotation["area"] = box[2] * box[3] if annotation.get("area") is None else annotation["area"]
+        if without_area:
+            warnings.warn(f"{self.json}: {len(without_area)} boxes, the first that of annotation {without_area[0]}, have a side "
+                          "under a pixel and are no objects to learn from", stacklevel=3)
         if 0 in self.coco.anns:                                         # pycocotools takes id 0 for "not matched"
             for annotation in self.coco.dataset["annotations"]:
                 annotation["id"] += 1
@@ -653,34 +661,55 @@ def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(tuple(int(255 * c) for c in _colour(0.5, 0.618034 * i, 0.35).ravel()) for i in range(count))
 
 
-class GroupedBatches(Sampler):
-    """This rank's share of shuffled global batches whose images are of like aspect ratio, so that little is padding.
+class GlobalBatches(Sampler):
+    """This rank's share of shuffled global batches, as (epoch, index); the same batches whatever the number of ranks.
 
-    The groups are those of torchvision's reference (k = 3: bounds at 2 to the -1, -2/3, … 1). What fills no batch of its
-    group goes into mixed batches; what fills no batch at all, fewer than `batch` images, sits this epoch out. The same
-    on every process: it depends on the seed and the epoch only.
+    With aspect ratios, the images of a batch are of like shape, so that little is padding: in the groups of torchvision's
+    reference (k = 3: bounds at 2 to the -1, -2/3, … 1). What fills no batch of its group goes into mixed batches; what
+    fills no batch at all, fewer than `batch` images, sits this epoch out. It depends on the seed and the epoch only.
     """
 
-    def __init__(self, aspect_ratios: list[float], batch: int, rank: int, world: int, seed: int):
+    def __init__(self, samples: int, aspect_ratios: list[float] | None, batch: int, rank: int, world: int, seed: int):
         bounds = (2 ** np.linspace(-1, 1, 7)).tolist()
-        self.groups = torch.tensor([bisect.bisect_right(bounds, ratio) for ratio in aspect_ratios])
-        self.batch, self.rank, self.world, self.seed, self.epoch = batch, rank, world, seed, 0
+        self.groups = torch.tensor([bisect.bisect_right(bounds, ratio) for ratio in aspect_ratios or [1.0] * samples])
+        self.batch, self.rank, self.world, self.seed = batch, rank, world, seed
+        self.epoch, self.first = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def seek(self, epoch: int, first: int = 0) -> None:
+        """The next pass is that of `epoch`, from its batch `first` on."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return len(self.groups) // self.batch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         order = torch.randperm(len(self.groups), generator=generator)
         parts = [part for group in self.groups.unique() for part in order[self.groups[order] == group].split(self.batch)]
         full = [part for part in parts if len(part) == self.batch]
         mixed = torch.cat([order[:0], *(part for part in parts if len(part) < self.batch)])
         full += [part for part in mixed.split(self.batch) if len(part) == self.batch]
-        for i in torch.randperm(len(full), generator=generator).tolist():
-            yield full[i][self.rank::self.world].tolist()
+        for i in torch.randperm(len(full), generator=generator).tolist()[self.first:]:
+            yield [(self.epoch, index) for index in full[i][self.rank::self.world].tolist()]
+
+
+class SeededItems(Dataset):
+    """The items (epoch, index) of a data set, whose augmentations depend on these and the seed alone: not on which
+    worker makes them, nor on what was made before."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self.seed, epoch, index))
+            return self.dataset[index]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers of 0 or more."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
@@ -688,38 +717,36 @@ def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, 
     """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
 
     Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]), of detection (list of images, list
-    of targets, indices), see `GroupedBatches`. What does not fill a batch is left out of the epoch. The order depends on
-    the seed and the epoch only; the augmentations, on the seed with workers > 0, and with workers = 0 on the random
-    state of this process, which is the script's to seed. persistent: the workers live on from epoch to epoch.
+    of targets, indices). What does not fill a batch is left out of the epoch. Order and augmentations depend on the
+    seed, the epoch and the index only, see `GlobalBatches` and `SeededItems`. persistent: workers live on from epoch
+    to epoch.
     Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
     """
     if batch < 1 or batch % world:
         raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
     if len(dataset) < batch:
         raise DataError(f"--batch {batch}: there are only {len(dataset)} images to train on; use a smaller one")
-    generator = torch.Generator().manual_seed(seed * world + rank)
-    if hasattr(dataset, "aspect_ratios"):
-        batches = GroupedBatches(dataset.aspect_ratios, batch, rank, world, seed)
-        return _loader(dataset, workers, batch_sampler=batches, generator=generator, persistent_workers=persistent and workers > 0)
-    sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
-    return _loader(dataset, workers, batch_size=batch // world, sampler=sampler, drop_last=True, generator=generator,
+    batches = GlobalBatches(len(dataset), getattr(dataset, "aspect_ratios", None), batch, rank, world, seed)
+    return _loader(SeededItems(dataset, seed), workers, collate_fn=_collate_of(dataset), batch_sampler=batches,
                    persistent_workers=persistent and workers > 0)
 
 
-def forever(loader: DataLoader, start_epoch: int = 0):
-    """The batches of a `train_loader` epoch after epoch without end, each epoch in an order of its own."""
-    order = loader.batch_sampler if isinstance(loader.batch_sampler, GroupedBatches) else loader.sampler
-    for epoch in itertools.count(start_epoch):
-        order.set_epoch(epoch)
+def forever(loader: DataLoader, start: int = 0):
+    """The batches of a `train_loader` without end, from number `start` (0 is the first) on, each epoch in its own order."""
+    first_epoch, first = divmod(start, len(loader))
+    for epoch in itertools.count(first_epoch):
+        loader.batch_sampler.seek(epoch, first)
         yield from loader
+        first = 0
 
 
 def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, world: int = 1,
-                wrap: bool = False) -> DataLoader:
+                wrap: bool = False, seed: tuple[int, int] | None = None) -> DataLoader:
     """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on.
 
     Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has the same
-    number of full batches, which is what BN in training mode needs. Batches as in `train_loader`.
+    number of full batches, which is what BN in training mode needs. seed: two numbers that augmentations depend on,
+    with the index. Batches as in `train_loader`.
     A batch of images that differ in size raises DataError, except in detection.
     """
     if batch < 1:
@@ -729,12 +756,26 @@ def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, w
         together = batch * world
         total = -(-len(dataset) // together) * together
         indices = [i % len(dataset) for i in range(rank, total, world)]
-    return _loader(dataset, workers, batch_size=batch, sampler=indices)
+    collate = _collate_of(dataset)
+    if seed is not None:
+        dataset, indices = SeededItems(dataset, seed[0]), [(seed[1], index) for index in indices]
+    return _loader(dataset, workers, collate_fn=collate, batch_size=batch, sampler=indices)
 
 
 def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    collate = _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
-    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
+    # A generator of its own: else each pass would draw a number from the global one as it begins.
+    return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals,
+                      generator=torch.Generator(), **options)
+
+
+def _leave_signals(worker: int) -> None:
+    """Signals that stop a run reach its workers too, who must go on until the run has been saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _collate_of(dataset: Dataset):
+    return _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
 
 
 def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

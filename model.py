@@ -19,8 +19,9 @@ import dataclasses
 import os
 import re
 import sys
+import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -461,19 +462,28 @@ def _build_detector(static, num_classes, layers, width, gate, gate_space, pyrami
     return Detector(num_classes, body, masks, short_sides, long_side, anchor, proposals, rois, gate_space)
 
 
-def save_checkpoint(path: Path | str, model: nn.Module, **contents) -> None:
+def save_checkpoint(path: Path | str, model: nn.Module, keep: Path | str | None = None, **contents) -> None:
     """Writes the model's weights and `contents` (tensors, numbers, strings, lists and dicts of these) at once or not
-    at all: into a temporary file beside `path`, which then takes its place.
+    at all: into a temporary file beside `path`, which then takes its place; the file before it becomes `keep`, if given.
 
-    `load_checkpoint` needs `contents` to hold "model_args", the arguments of `build_model`.
+    `load_checkpoint` needs `contents` to hold "model_args", the arguments of `build_model`. Raises InputError where it
+    cannot be written, a full disk for one; what was there is untouched.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"weights": model.state_dict(), **contents}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"weights": model.state_dict(), **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: could not be written ({reason}); what was there is kept; make room and go on with --resume") from None
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
@@ -629,6 +639,10 @@ def read_file(path: Path | str, wanted: str) -> dict:
     Raises InputError, with what is `wanted` in it, where the file is missing, unreadable or holds no dict.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums
+                    raise ValueError("a record is damaged")
         with torch.serialization.safe_globals(_numpy_globals()):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except IsADirectoryError:

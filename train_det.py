@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import io
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +30,13 @@ from tqdm import tqdm
 import data
 import losses
 from model import (
-    VARIANTS, InputError, Process, build_model, initialize, leave_cores_to_loaders, load_resnet50, one_line_errors, parse_settings,
-    save_checkpoint, setting, start_process, variants_of,
+    VARIANTS, InputError, Process, build_model, initialize, leave_cores_to_loaders, load_resnet50, parse_settings,
+    setting, variants_of,
 )  # fmt: skip
 from routing import Routes
 from train_seg import (
-    Experts, RunConfig, RunLog, distribute, finish_with_evaluation, make_optimizer, mean_over_processes,
-    recompute_activations, reestimate_batch_norm, resolve, warm_up,
+    Experts, Run, RunConfig, distribute, launch, make_optimizer, mean_over_processes, recompute_activations,
+    reestimate_batch_norm, resolve, seed_iteration, warm_up,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -214,7 +213,7 @@ def train(config: Config, process: Process) -> Path:
         short_sides=config.short_sides, long_side=config.long_side, anchor=config.anchor, proposals=config.proposals,
         rois=config.rois, frozen=static and config.init is not None)
     model = build_model(**model_args)
-    if config.init:
+    if config.init and not Run.saved_in(folder):  # a run that goes on has its own weights
         report = (load_resnet50 if static else initialize)(model, config.init)
         if process.first:
             print(f"{config.init}: {report}")
@@ -227,15 +226,35 @@ def train(config: Config, process: Process) -> Path:
 
     # ============ opening the run folder ============
     experts = Experts(config, model.dim, train_set, device)
-    log = RunLog(folder, config, process)
+    about = dict(
+        model_args=model_args, task="detection", dataset=config.dataset, data=config.data, data_options=options, files=files,
+        classes=train_set.classes, category_ids=train_set.category_ids, palette=[list(color) for color in train_set.palette],
+        mean=list(data.MEAN), std=list(data.STD), config=dataclasses.asdict(config))  # what evaluate.py needs to know
+    run = Run(folder, config, process, about, model, optimizer, schedule, experts)
+
+    def evaluate(iteration: int) -> None:
+        seed_iteration(config.seed, process.rank, iteration)
+        again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
+        some = itertools.islice(data.forever(again), config.bn_batches)
+        inputs = (model.prepare(to_device(images, [], device)[0])[0].tensors for images, _, _ in some)
+        reestimate_batch_norm(model.pyramid, inputs, process)  # the heads have none
+        result = evaluate_detection(model, val_loader, val_set, process)
+        if not process.first:
+            return run.evaluated(iteration, 0.0, "", {})
+        kinds = {"box": "bbox"} | ({"mask": "segm"} if config.masks else {})
+        scores = {name: average_precision(val_set, result.detections, kind)[0] for name, kind in kinds.items()}
+        words = ", ".join(f"{name} AP {100 * score['AP']:.2f}" for name, score in scores.items())
+        best_by = next(reversed(scores.values()))["AP"]  # of masks, where there are any
+        run.evaluated(iteration, best_by, words, result.flops, **scores)
 
     # ============ the alternation ============
-    torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation and sampled regions
-    best = -math.inf
-    batches = data.forever(loader)
-    network.train()
-    for iteration in log.iterations():
+    if run.evaluation_due:  # a run that was stopped in the middle of it
+        evaluate(run.iteration)
+    batches = data.forever(loader, run.iteration)
+    for iteration in run.iterations():
+        network.train()
         images, targets, index = next(batches)
+        seed_iteration(config.seed, process.rank, iteration)  # here: a loader that starts an epoch draws a number
         images, targets = to_device(images, targets, device)
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
@@ -251,6 +270,7 @@ def train(config: Config, process: Process) -> Path:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        run.check_step(iteration, terms, gradient_norm, train_set, index)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -260,50 +280,26 @@ def train(config: Config, process: Process) -> Path:
             experts.bank.update(index, out.A)
             if experts.due(iteration):
                 if config.activations == "recompute":
-                    once = data.pass_loader(train_set, config.batch // process.world, config.workers, *ranks, wrap=True)
+                    once = data.pass_loader(
+                        train_set, config.batch // process.world, config.workers, *ranks, wrap=True, seed=(config.seed, iteration))
                     recompute_activations(
                         model, experts.bank, once, lambda images: model.activations(to_device(images, [], device)[0]))
                 experts.update(iteration)
-                log.clustering(iteration, experts)
-        log.step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), model, out, out.padded)
+                run.log_clustering(iteration)
+        run.log_step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), out, out.padded)
 
-        # ============ evaluating and saving ============
-        if iteration % config.eval_every == 0 or iteration == config.iters:
-            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
-            some = itertools.islice(data.forever(again), config.bn_batches)
-            inputs = (model.prepare(to_device(images, [], device)[0])[0].tensors for images, _, _ in some)
-            reestimate_batch_norm(model.pyramid, inputs, process)  # the heads have none
-            contents = dict(
-                model_args=model_args, task="detection", dataset=config.dataset, data=config.data, data_options=options,
-                files=files, classes=train_set.classes, category_ids=train_set.category_ids,
-                palette=[list(color) for color in train_set.palette], mean=list(data.MEAN), std=list(data.STD),
-                config=dataclasses.asdict(config), iteration=iteration, **experts.state())
-            if process.first:  # before the evaluation, which may fail
-                save_checkpoint(folder / "last.pt", model, **contents)
-            result = evaluate_detection(model, val_loader, val_set, process)
-            network.train()
-            if process.first:
-                kinds = {"box": "bbox"} | ({"mask": "segm"} if config.masks else {})
-                scores = {name: average_precision(val_set, result.detections, kind)[0] for name, kind in kinds.items()}
-                words = ", ".join(f"{name} AP {100 * score['AP']:.2f}" for name, score in scores.items())
-                log.evaluation(iteration, words, result.flops, **scores)
-                ap = next(reversed(scores.values()))["AP"]  # of masks, where there are any
-                if ap > best:
-                    best = ap
-                    save_checkpoint(folder / "best.pt", model, **contents)
-    log.close()
+        # ============ saving and evaluating ============
+        due = iteration % config.eval_every == 0 or iteration == config.iters
+        if due or iteration % config.save_every == 0 or run.stop_agreed:
+            run.save(iteration, evaluation_due=due)  # before the evaluation, which may fail
+        if due:
+            evaluate(iteration)
+    run.close()
     return folder / "last.pt"
 
 
 def main() -> None:
-    config = parse_settings(Config, __doc__, RECIPES)
-    with one_line_errors(InputError, data.DataError, OSError):
-        process = start_process(config.device)
-        checkpoint = train(config, process)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
-        finish_with_evaluation(checkpoint, process.device.type)
+    launch(parse_settings(Config, __doc__, RECIPES), train)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 8 train_seg.py --variant divdr-a              # one machine with 8 GPUs, Cityscapes
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
 
-A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and best.pt.
+A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and best.pt. Stopped, it
+goes on with the same command and --resume.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import itertools
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,7 +39,7 @@ import kmeans
 import losses
 from model import (
     VARIANTS, InputError, Process, build_model, check_ranges, default_workers, initialize, leave_cores_to_loaders,
-    one_line_errors, parse_settings, save_checkpoint, setting, start_process, variants_of,
+    one_line_errors, parse_settings, read_file, save_checkpoint, setting, start_process, variants_of,
 )  # fmt: skip
 
 # What differs by data set: a flag that is not given takes its value from here.
@@ -61,8 +66,12 @@ class RunConfig:
     name: str | None = setting(None, "run", "folder under --out; by default DATASET-VARIANT-seedN", type=str)
     out: str = setting("runs", "run", "where run folders are made")
     seed: int = setting(0, "run", "seeds weights, data order, augmentation and K-means++", 0, 2**32)
+    resume: str | None = setting(
+        None, "run", "go on with the run of this name from where it was saved; auto: if there is one, else start it",
+        type=str, nargs="?", const="yes", choices=["yes", "auto"])
     log_every: int = setting(50, "run", "iterations between log lines", 1)
-    eval_every: int | None = setting(None, "run", "iterations between evaluations on val, each of which saves", 1, type=int)
+    eval_every: int | None = setting(None, "run", "iterations between evaluations on val", 1, type=int)
+    save_every: int = setting(500, "run", "iterations between checkpoints; each evaluation saves too", 1)
     # data
     dataset: str = setting("shapes", "data", "data set")
     data: str | None = setting(None, "data", "its folder; shapes needs none", type=str)
@@ -298,7 +307,17 @@ class Experts:
     def state(self) -> dict:
         """For the checkpoint: bank, centres and sigma2."""
         centers, sigma2 = (None, None) if self.clusters is None else (self.clusters.centers.cpu(), self.clusters.sigma2)
-        return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2}
+        clusters = self.clusters and {"sizes": self.clusters.sizes, "inertia": self.clusters.inertia}
+        return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2, "clusters": clusters,
+                "next_update": self.next_update}  # fmt: skip
+
+    def load_state(self, state: dict) -> None:
+        """What `state` gave."""
+        self.bank.load_state_dict(state["bank"])
+        self.next_update = state["next_update"]
+        if state["clusters"] is not None:
+            centers = state["centers"].to(self.bank.values.device)
+            self.clusters = kmeans.Clusters(centers, state["sigma2"], **state["clusters"])
 
 
 def train(config: Config, process: Process) -> Path:
@@ -317,7 +336,7 @@ def train(config: Config, process: Process) -> Path:
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate, gate_space=config.gate_space)
     model = build_model(**model_args)
-    if config.init:
+    if config.init and not Run.saved_in(folder):  # a run that goes on has its own weights
         report = initialize(model, config.init)
         if process.first:
             print(f"{config.init}: {report}")
@@ -339,20 +358,34 @@ def train(config: Config, process: Process) -> Path:
 
     # ============ opening the run folder ============
     experts = Experts(config, model.dim, train_set, device)
-    log = RunLog(folder, config, process)
+    about = dict(
+        model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data, data_options=options,
+        classes=list(classes), palette=[list(color) for color in train_set.info.palette], mean=list(data.MEAN),
+        std=list(data.STD), config=dataclasses.asdict(config))  # what evaluate.py needs to know
+    run = Run(folder, config, process, about, model, optimizer, schedule, experts)
+
+    def evaluate(iteration: int) -> None:
+        seed_iteration(config.seed, process.rank, iteration)
+        again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
+        some = itertools.islice(data.forever(again), config.bn_batches)
+        reestimate_batch_norm(model, (data.normalize(images.to(device)) for images, _, _ in some), process)
+        result = evaluate_segmentation(model, val_loader, len(classes), process, data.MEAN, data.STD)
+        iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
+        run.evaluated(iteration, result.miou(), f"mIoU {100 * result.miou():.2f}", result.flops, miou=result.miou(), iou=iou)
 
     # ============ the alternation ============
-    torch.manual_seed(config.seed + process.rank)  # from here on randomness is augmentation, of each process its own
-    best = -math.inf
-    batches = data.forever(loader)
-    network.train()
-    for iteration in log.iterations():
+    if run.evaluation_due:  # a run that was stopped in the middle of it
+        evaluate(run.iteration)
+    batches = data.forever(loader, run.iteration)
+    for iteration in run.iterations():
+        network.train()
         images, masks, index = next(batches)
+        seed_iteration(config.seed, process.rank, iteration)  # here: a loader that starts an epoch draws a number
         images, masks = data.normalize(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True).long()
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
         out = network(images)
-        terms = {"task": segmentation_loss(out.logits, masks)}
+        terms = {"task": segmentation_loss(out.logits, masks, process)}
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
             total = model.budgeted_cost(*images.shape[-2:])
@@ -364,6 +397,7 @@ def train(config: Config, process: Process) -> Path:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        run.check_step(iteration, terms, gradient_norm, train_set, index)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -373,32 +407,28 @@ def train(config: Config, process: Process) -> Path:
             experts.bank.update(index, out.A)
             if experts.due(iteration):
                 if config.activations == "recompute":
-                    once = data.pass_loader(train_set, config.batch // process.world, config.workers, *ranks, wrap=True)
+                    once = data.pass_loader(
+                        train_set, config.batch // process.world, config.workers, *ranks, wrap=True, seed=(config.seed, iteration))
                     recompute_activations(model, experts.bank, once, lambda images: model(data.normalize(images.to(device))).A)
                 experts.update(iteration)
-                log.clustering(iteration, experts)
-        log.step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), model, out, images.shape[-2:])
+                run.log_clustering(iteration)
+        run.log_step(iteration, terms, dict(lr=lr, gradient_norm=gradient_norm), out, images.shape[-2:])
 
-        # ============ evaluating and saving ============
-        if iteration % config.eval_every == 0 or iteration == config.iters:
-            again = data.train_loader(train_set, config.batch, config.workers, config.seed + 1, *ranks, persistent=False)
-            some = itertools.islice(data.forever(again), config.bn_batches)
-            reestimate_batch_norm(model, (data.normalize(images.to(device)) for images, _, _ in some), process)
-            contents = dict(
-                model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data, data_options=options,
-                classes=list(classes), palette=[list(color) for color in train_set.info.palette], mean=list(data.MEAN),
-                std=list(data.STD), config=dataclasses.asdict(config), iteration=iteration, **experts.state())
-            if process.first:  # before the evaluation, which may fail
-                save_checkpoint(folder / "last.pt", model, **contents)
-            result = evaluate_segmentation(model, val_loader, len(classes), process, data.MEAN, data.STD)
-            network.train()
-            iou = [None if math.isnan(value) else value for value in result.iou().tolist()]
-            log.evaluation(iteration, f"mIoU {100 * result.miou():.2f}", result.flops, miou=result.miou(), iou=iou)
-            if process.first and result.miou() > best:
-                best = result.miou()
-                save_checkpoint(folder / "best.pt", model, **contents)
-    log.close()
+        # ============ saving and evaluating ============
+        due = iteration % config.eval_every == 0 or iteration == config.iters
+        if due or iteration % config.save_every == 0 or run.stop_agreed:
+            run.save(iteration, evaluation_due=due)  # before the evaluation, which may fail
+        if due:
+            evaluate(iteration)
+    run.close()
     return folder / "last.pt"
+
+
+def seed_iteration(seed: int, rank: int, iteration: int) -> None:
+    """Makes what is random in a step (torchvision's choice of regions, image sizes) depend on these three alone, so that
+    a resumed run draws what the uninterrupted one would."""
+    mixed = np.random.SeedSequence((seed, rank, iteration)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> np.uint64(1)))
 
 
 def mean_over_processes(value: Tensor, process: Process) -> Tensor:
@@ -411,43 +441,200 @@ def mean_over_processes(value: Tensor, process: Process) -> Tensor:
     return value + (mean / process.world - value.detach())
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over labelled pixels; 0 where a crop has none."""
-    valid = (masks != data.IGNORE).sum().clamp(min=1)
-    return F.cross_entropy(logits, masks, ignore_index=data.IGNORE, reduction="sum") / valid
+def segmentation_loss(logits: Tensor, masks: Tensor, process: Process) -> Tensor:
+    """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over the labelled pixels of all processes; 0 where there are none.
+
+    Each process has its own pixels' share times the number of processes, which is what DistributedDataParallel averages.
+    """
+    valid = (masks != data.IGNORE).sum()
+    if process.world > 1:
+        dist.all_reduce(valid)
+    return F.cross_entropy(logits, masks, ignore_index=data.IGNORE, reduction="sum") * process.world / valid.clamp(min=1)
 
 
-class RunLog:
-    """The run folder and what the first process says: a tqdm bar, lines in words, and log.jsonl with the same."""
+class Stopped(Exception):
+    """A signal ended the run, which has been saved."""
 
-    def __init__(self, folder: Path, config: RunConfig, process: Process):
-        self.config, self.process = config, process
-        self.sums: dict[str, list] = {}  # per loss term: its sum since the last log line, and of how many steps
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status  # of the process
+
+
+class Run:
+    """A run and its folder: checkpoints, log.jsonl, and what the first process says.
+
+    Opens the folder, and with `config.resume` takes up what is saved in it: model, optimiser, schedule, experts, best
+    score, and the log as it was then. `about` goes into each checkpoint. Raises InputError where there is nothing to
+    resume, a run that would be overwritten, or a run of other settings.
+
+    iteration: the last one done. evaluation_due: whether its evaluation is not. stop_agreed: a signal came to one of the
+    processes, and all know. All methods are for all processes to call.
+    """
+
+    # What may differ between a run and its continuation; all else decides what comes out.
+    FREE = {"out", "name", "resume", "data", "workers", "device", "save_every", "eval_batch", "init",
+            "train_json", "train_images", "val_json", "val_images"}  # fmt: skip
+
+    def __init__(self, folder: Path, config: RunConfig, process: Process, about: dict, model, optimizer, schedule, experts: Experts):
+        self.folder, self.config, self.process, self.about = folder, config, process, about
+        self.model, self.optimizer, self.schedule, self.experts = model, optimizer, schedule, experts
+        self.iteration, self.evaluation_due, self.best = 0, False, -math.inf
+        self.sums: dict[str, tuple] = {}  # per loss term: its sum since the last log line, and of how many steps
         self.health = {}  # of the clustering
         self.started, self.steps = time.perf_counter(), 0
-        if not process.first:
-            return
-        if (folder / "last.pt").exists():
-            raise InputError(f"--name {config.name}: {folder} holds a run already; choose another name or remove it")
-        resolved = dataclasses.asdict(config) | dict(device=str(process.device), processes=process.world)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
-        self.file = open(folder / "log.jsonl", "w", buffering=1)
-        self.folder = folder
+        self.stop_agreed, self._signal, self._signalled = False, 0, 0.0
+        signal.signal(signal.SIGTERM, self._note_signal)
+        signal.signal(signal.SIGINT, self._note_signal)
+        saved = self._on_first(self._find_saved)
+        if saved is not None:
+            self._take_up(saved)
+        self._on_first(lambda: self._open_log(0 if saved is None else saved["log"]["position"]))
+
+    @staticmethod
+    def saved_in(folder: Path) -> list[Path]:
+        """The checkpoints in a run folder, the newest first."""
+        return [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+
+    def _on_first(self, action):
+        """What `action` gives on the first process, on every one; what it raises of InputError and OSError, likewise."""
+        result, error = None, None
+        if self.process.first:
+            try:
+                result = action()
+            except (InputError, OSError) as raised:
+                error = str(raised)
+        if self.process.world > 1:
+            shared = [result, error]
+            dist.broadcast_object_list(shared, device=self.process.device)
+            result, error = shared
+        if error is not None:
+            raise InputError(error)
+        return result
+
+    def _note_signal(self, number: int, frame) -> None:
+        """Schedulers may send SIGTERM several times; who presses Ctrl-C again a second later does not want to wait."""
+        if self._signal and number == signal.SIGINT and time.monotonic() - self._signalled > 1:
+            signal.default_int_handler(number, frame)
+        if not self._signal:
+            self._signal, self._signalled = number, time.monotonic()
+
+    def _find_saved(self) -> dict | None:
+        """The newest checkpoint of the folder that can be read; None where a new run is to start."""
+        config, found = self.config, self.saved_in(self.folder)
+        resume = config.resume
+        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+            with suppress(OSError, ValueError):
+                if json.loads((self.folder / "config.json").read_text()).get("launcher") == _launcher():
+                    resume = "auto"
+        if resume is None:
+            if found:
+                raise InputError(f"--name {config.name}: {self.folder} holds a run already; go on with --resume, or choose another name")
+            return None
+        if not found:
+            if resume == "auto":
+                return None
+            raise InputError(f"--resume: {self.folder} holds no run to go on with; start it without --resume")
+        for path in found:
+            try:
+                saved = read_file(path, "a checkpoint of this run")
+                if "next_update" not in saved:
+                    raise InputError(f"{path}: not a checkpoint that a run can go on from")
+                return saved
+            except InputError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                os.replace(path, path.with_name(path.name + ".damaged"))  # it must not become the one before
+        raise InputError(f"--resume: no checkpoint in {self.folder} can be read; start another run with --name")
+
+    def _open_log(self, position: int) -> None:
+        """Takes the log up at `position`, bytes: what came after the checkpoint comes again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "log.jsonl"
+        if position > (path.stat().st_size if path.exists() else 0):
+            raise InputError(f"{path}: shorter than when the checkpoint was written; put it back, or start another run")
+        resolved = dataclasses.asdict(self.config) | dict(
+            device=str(self.process.device), processes=self.process.world, launcher=_launcher())
+        (self.folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        self.file = open(path, "a", buffering=1)
+        self.file.truncate(position)
+        self.file.seek(position)
+
+    def _take_up(self, saved: dict) -> None:
+        now = dataclasses.asdict(self.config)
+        try:
+            for key, value in saved["config"].items():
+                if key not in self.FREE and now.get(key) != value:
+                    flag = key.replace("_", "-")
+                    raise InputError(f"--{flag} {now.get(key)}: {self.folder} was started with {value}; repeat that, or choose another --name")
+            self.model.load_state_dict(saved["weights"])
+            self.experts.load_state(saved)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            self.iteration, self.evaluation_due, self.best = saved["iteration"], saved["evaluation_due"], saved["best"]
+            self.sums = {name: (total.to(self.process.device), steps) for name, (total, steps) in saved["log"]["sums"].items()}
+            self.health = saved["log"]["health"]
+        except InputError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--resume: the checkpoint in {self.folder} does not fit ({reason}); is the data set another?") from None
+
+    def save(self, iteration: int, evaluation_due: bool) -> None:
+        """Writes last.pt, from which the run can go on. Raises Stopped if a signal came."""
+        self.iteration = iteration
+        if self.process.world > 1 and self.sums:  # each process goes on from the mean, as it would from the checkpoint
+            totals = torch.stack([total for total, _ in self.sums.values()])
+            dist.all_reduce(totals)
+            totals /= self.process.world
+            self.sums = {name: (total, steps) for (name, (_, steps)), total in zip(self.sums.items(), totals)}
+        self._on_first(lambda: self._write_checkpoint("last.pt", evaluation_due, keep="previous.pt"))
+        if self.stop_agreed:
+            name = signal.Signals(self._signal or signal.SIGTERM).name
+            raise Stopped(f"{name} after iteration {iteration}: saved {self.folder}/last.pt; go on with --resume",
+                          128 + (self._signal or signal.SIGTERM))  # fmt: skip
+
+    def _write_checkpoint(self, name: str, evaluation_due: bool, keep: str | None = None) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        log = {"position": self.file.tell(), "health": self.health,
+               "sums": {term: (total.cpu(), steps) for term, (total, steps) in self.sums.items()}}  # fmt: skip
+        save_checkpoint(
+            self.folder / name, self.model, keep=keep and self.folder / keep, **self.about, **self.experts.state(),
+            optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), iteration=self.iteration,
+            evaluation_due=evaluation_due, best=self.best, log=log)
 
     def iterations(self):
-        steps = range(1, self.config.iters + 1)
-        self.bar = tqdm(steps, self.config.name, disable=not self.process.first, dynamic_ncols=True)
+        steps = range(self.iteration + 1, self.config.iters + 1)
+        self.bar = tqdm(steps, self.config.name, disable=not self.process.first, dynamic_ncols=True,
+                        initial=self.iteration, total=self.config.iters)  # fmt: skip
         return self.bar
+
+    def check_step(self, iteration: int, terms: dict[str, Tensor], gradient_norm: Tensor, dataset, index: Tensor) -> None:
+        """InputError, on all processes, before a step that would spoil the weights; and agrees on whether to stop.
+
+        The one sync of a step: a spoilt run costs more.
+        """
+        terms = {f"loss {name}": term.detach() for name, term in terms.items()} | {"the gradient's norm": gradient_norm}
+        values = torch.stack([value.float() for value in terms.values()])
+        flags = torch.stack([~values.isfinite().all(), torch.tensor(self._signal > 0, device=values.device)]).int()
+        if self.process.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken, self.stop_agreed = map(bool, flags.tolist())
+        if broken:
+            names = [f"{name} is {value}" for name, value in zip(terms, values.tolist()) if not math.isfinite(value)]
+            images = ", ".join(dataset.image_name(i) for i in index.tolist())
+            what = f"{', '.join(names)} on {images}" if names else "another process's loss is not finite"
+            saved = f"; {self.folder}/last.pt is from before" if self.saved_in(self.folder) else ""
+            raise InputError(f"iteration {iteration}: {what}; try a lower --lr{saved}")
 
     def write(self, event: str, iteration: int, **values) -> None:
         self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
 
-    def clustering(self, iteration: int, experts: Experts) -> None:
+    def log_clustering(self, iteration: int) -> None:
         """Sizes, inter and intra after a K-means update; a collapse is said in words."""
         if not self.process.first:
             return
-        clusters, A = experts.clusters, experts.bank.values[experts.bank.seen]
+        clusters, bank = self.experts.clusters, self.experts.bank
+        A = bank.values[bank.seen]
         labels, _ = kmeans.assign(A, clusters.centers)
         inter, intra = kmeans.inter_intra(A, labels, clusters.centers, max_samples=500)
         self.health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
@@ -456,7 +643,7 @@ class RunLog:
         if collapse:
             self.bar.write(f"iteration {iteration}: {collapse}")
 
-    def step(self, iteration: int, terms: dict, record: dict, model, out, size) -> None:
+    def log_step(self, iteration: int, terms: dict, record: dict, out, size) -> None:
         """Adds up the loss terms on the device; every `log_every` steps reads them, with what else costs a sync."""
         for name, term in terms.items():
             total, steps = self.sums.get(name, (0.0, 0))
@@ -465,6 +652,7 @@ class RunLog:
         if iteration % self.config.log_every and iteration != self.config.iters:
             return
         # Real and expected cost in one count: stem, gates and head, and of cells and paths what is open, or alpha's share.
+        model = self.model
         parts = {part: cost.double().mean() for part, cost in model.real_cost(out.routes, *size, model.counts[0]).items()}
         fixed = sum(cost for part, cost in parts.items() if part not in ("cells", "paths"))
         values = [torch.as_tensor(total / steps).cpu().double() for total, steps in self.sums.values()]
@@ -476,32 +664,57 @@ class RunLog:
             values /= self.process.world
         names = [f"loss_{name}" for name in self.sums] + ["gflops_real", "gflops_expected"]
         means = {name: float(f"{value:.6g}") for name, value in zip(names, values.tolist())}
-        broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            raise InputError(f"iteration {iteration}: {', '.join(broken)}; try a lower --lr")
         now = time.perf_counter()
         speed = self.steps * self.config.batch / (now - self.started)
         self.sums, self.steps, self.started = {}, 0, now
         if self.process.first:
             record = {key: float(value) for key, value in record.items()}
-            self.write("train", iteration, **means, **record, images_per_second=speed, **self.health)
+            self.write("train", iteration, **means, **record, **self.health, images_per_second=speed)
             shown = means | {"images/s": speed} | {k: v for k, v in self.health.items() if k != "sigma2"}
             self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()})
 
-    def evaluation(self, iteration: int, words: str, flops: dict[str, Tensor], **scores) -> None:
-        """Scores and cost on the evaluation set. The time it took counts as no training step's."""
-        self.started, self.steps = time.perf_counter(), 0
-        if not self.process.first:
-            return
-        gflops = {count: cost.double().mean().item() / 1e9 for count, cost in flops.items()}
-        self.write("evaluation", iteration, **scores, gflops=gflops)
-        costs = ", ".join(f"{value:.3f} ({count})" for count, value in gflops.items())
-        self.bar.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
+    def evaluated(self, iteration: int, score: float, words: str, flops: dict[str, Tensor], **scores) -> None:
+        """Logs scores and cost on the evaluation set, which the first process knows, and saves; the best also as best.pt."""
+        self.started, self.steps = time.perf_counter(), 0  # the time it took counts as no training step's
+        self.evaluation_due = False
+        if self.process.first:
+            gflops = {count: cost.double().mean().item() / 1e9 for count, cost in flops.items()}
+            self.write("evaluation", iteration, **scores, gflops=gflops)
+            costs = ", ".join(f"{value:.3f} ({count})" for count, value in gflops.items())
+            tqdm.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
+        improved, self.best = score > self.best, max(score, self.best)
+        self._on_first(lambda: improved and self._write_checkpoint("best.pt", evaluation_due=False))
+        self.save(iteration, evaluation_due=False)
 
     def close(self) -> None:
         if self.process.first:
             self.file.close()
             print(f"wrote {self.folder}/last.pt; evaluate it: python evaluate.py {self.folder}/last.pt")
+
+
+def _launcher() -> str | None:
+    """What started this process, if torchrun did: the same for those that it starts again."""
+    return f"{socket.gethostname()}:{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def launch(config: RunConfig, train) -> None:
+    """What the training scripts do: start this process, train, and end with the right status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with one_line_errors(InputError, data.DataError, OSError):
+        process = start_process(config.device)
+        try:
+            checkpoint = train(config, process)
+        except Stopped as stopped:
+            if process.first:
+                print(stopped, file=sys.stderr)
+            sys.exit(stopped.status)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
+        finish_with_evaluation(checkpoint, process.device.type)
 
 
 def finish_with_evaluation(checkpoint: Path, device: str) -> None:
@@ -513,14 +726,7 @@ def finish_with_evaluation(checkpoint: Path, device: str) -> None:
 
 
 def main() -> None:
-    config = parse_settings(Config, __doc__, RECIPES)
-    with one_line_errors(InputError, data.DataError, OSError):
-        process = start_process(config.device)
-        checkpoint = train(config, process)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if process.first and config.dataset == "shapes":  # small enough to end with the whole picture
-        finish_with_evaluation(checkpoint, process.device.type)
+    launch(parse_settings(Config, __doc__, RECIPES), train)
 
 
 if __name__ == "__main__":
