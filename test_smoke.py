@@ -2189,7 +2189,7 @@ def test_static_detector_starts_from_a_file_and_runs_through_the_same_loop(detec
     assert not torch.equal(body["layer3.0.conv1.weight"], resnet.layer3[0].conv1.weight)
     assert checkpoint["centers"] is None
     for file, word in (("runs/static/last.pt", "conv1.weight"), ("none.pth", "none.pth")):
-        monkeypatch.setattr(sys, "argv", [*sys_argv, "--init", file])
+        monkeypatch.setattr(sys, "argv", [*sys_argv, "--init", file, "--name", "other"])
         with pytest.raises(SystemExit) as stopped:
             train_det.main()
         error = capsys.readouterr().err.strip()
