@@ -26,6 +26,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -683,7 +684,7 @@ class GlobalBatches(Sampler):
         return len(self.groups) // self.batch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         order = torch.randperm(len(self.groups), generator=generator)
         parts = [part for group in self.groups.unique() for part in order[self.groups[order] == group].split(self.batch)]
         full = [part for part in parts if len(part) == self.batch]
@@ -703,11 +704,11 @@ class SeededItems(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, epoch, index))
+            torch.manual_seed(mix_seeds(self.seed, epoch, index))
             return self.dataset[index]
 
 
-def _mix(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers of 0 or more."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -769,9 +770,17 @@ def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
 
 
 def _leave_signals(worker: int) -> None:
-    """Signals that stop a run reach its workers too, who must go on until the run has been saved."""
+    """Signals that stop a run reach its workers too, who must go on until the run has been saved and ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there SIGTERM to the whole process group ends workers too
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _collate_of(dataset: Dataset):
