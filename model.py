@@ -115,6 +115,11 @@ class SegmentationHead(nn.Module):
         return total
 
 
+def clustered(routes: Routes, gate_space: str) -> Tensor:
+    """What K-means sees, [B, 3·nodes]: A(x), or with "logit" its values before the non-linearity (supplement, 7.2)."""
+    return routes.A if gate_space == "alpha" else routes.logits[:, 1:].flatten(1)
+
+
 class RoutedSegmenter(nn.Module):
     """A routed backbone with the segmentation head; images of any size, padded inside.
 
@@ -141,7 +146,7 @@ class RoutedSegmenter(nn.Module):
         images = pad_to_stride(images, self.backbone.stride).contiguous(memory_format=torch.channels_last)
         features, routes = self.backbone.route(images, skip)
         logits = self.head(features)[..., :height, :width]
-        A = routes.A if self.gate_space == "alpha" else routes.logits[:, 1:].flatten(1)
+        A = clustered(routes, self.gate_space)
         return SegmentationOutput(logits, A, self.backbone.expected_cost(routes, height, width), routes)
 
     def budgeted_cost(self, height: int, width: int) -> int:
@@ -206,9 +211,9 @@ class RoutedPyramid(nn.Module):
             nn.init.kaiming_uniform_(lateral.weight, a=1)  # as torchvision starts its own pyramid
             nn.init.zeros_(lateral.bias)
 
-    def forward(self, x: Tensor, skip: bool | None = None) -> tuple[OrderedDict[str, Tensor], Routes]:
+    def forward(self, x: Tensor) -> tuple[OrderedDict[str, Tensor], Routes]:
         """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride], and the routes."""
-        features, routes = self.backbone.route(x, skip)
+        features, routes = self.backbone.route(x)
         maps = [lateral(feature) for lateral, feature in zip(self.laterals, features)]
         return OrderedDict((str(level), y) for level, y in enumerate(maps)), routes
 
@@ -286,7 +291,7 @@ class Detector(nn.Module):
         batch, targets = self.prepare(images, targets)
         if self.routed:
             maps, routes = self.pyramid(batch.tensors)
-            A, cost = self._A(routes), self.backbone.expected_cost(routes, *batch.tensors.shape[-2:])
+            A, cost = clustered(routes, self.gate_space), self.backbone.expected_cost(routes, *batch.tensors.shape[-2:])
         else:
             maps, routes = self.pyramid(batch.tensors), None
             A, cost = batch.tensors.new_zeros(len(images), 0), batch.tensors.new_zeros(len(images))
@@ -298,10 +303,7 @@ class Detector(nn.Module):
 
     def activations(self, images: list[Tensor]) -> Tensor:
         """A(x) alone, [B, 3·nodes]: no heads run."""
-        return self._A(self.pyramid(self.prepare(images)[0].tensors)[1])
-
-    def _A(self, routes: Routes) -> Tensor:
-        return routes.A if self.gate_space == "alpha" else routes.logits[:, 1:].flatten(1)
+        return clustered(self.pyramid(self.prepare(images)[0].tensors)[1], self.gate_space)
 
     def budgeted_cost(self, height: int, width: int) -> int:
         """C_all of the budget: `DetectionOutput.cost` with everything open."""

@@ -254,7 +254,7 @@ def train(config: Config, process: Process) -> Path:
     for iteration in run.iterations():
         network.train()
         images, targets, index = next(batches)
-        seed_iteration(config.seed, process.rank, iteration)  # here: a loader that starts an epoch draws a number
+        seed_iteration(config.seed, process.rank, iteration)
         images, targets = to_device(images, targets, device)
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)

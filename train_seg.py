@@ -25,7 +25,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -380,7 +379,7 @@ def train(config: Config, process: Process) -> Path:
     for iteration in run.iterations():
         network.train()
         images, masks, index = next(batches)
-        seed_iteration(config.seed, process.rank, iteration)  # here: a loader that starts an epoch draws a number
+        seed_iteration(config.seed, process.rank, iteration)
         images, masks = data.normalize(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True).long()
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
@@ -427,8 +426,7 @@ def train(config: Config, process: Process) -> Path:
 def seed_iteration(seed: int, rank: int, iteration: int) -> None:
     """Makes what is random in a step (torchvision's choice of regions, image sizes) depend on these three alone, so that
     a resumed run draws what the uninterrupted one would."""
-    mixed = np.random.SeedSequence((seed, rank, iteration)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(mixed >> np.uint64(1)))
+    torch.manual_seed(data.mix_seeds(seed, rank, iteration))
 
 
 def mean_over_processes(value: Tensor, process: Process) -> Tensor:
