@@ -113,12 +113,12 @@ SEGMENTATION: dict[str, DatasetInfo] = {
 
 
 def segmentation_dataset(name: str, root: str | None, split: str, train: bool, crop: int | None = None,
-                         short_sides: tuple[int, ...] | None = None, **shapes_options) -> Dataset:
+                         short_sides: tuple[int, ...] | None = None, jitter: bool = False, **shapes_options) -> Dataset:
     """Opens one split of a data set of `SEGMENTATION`.
 
     root: its folder, None for the default. split: "train", "val" or "test". train: True applies the augmentations,
     False gives each whole image at its own size. crop, short_sides: pixels, None for the data set's own; they act
-    with train only. shapes_options: see `ShapesDataset`.
+    with train only, as does jitter. shapes_options: see `ShapesDataset`.
 
     Items are (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index). The data set has
     `.info`, `.image_name(i)`, and `.subset`: int64 [N] where the true subset of each image is known, else None.
@@ -129,7 +129,7 @@ def segmentation_dataset(name: str, root: str | None, split: str, train: bool, c
     if split not in SPLITS:
         raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
     info = SEGMENTATION[name]
-    augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
+    augment = augmentation(short_sides or info.short_sides, crop or info.crop, jitter) if train else None
     if name == "shapes":
         if root is not None:
             raise DataError(f"{root}: --dataset shapes is made on the fly and reads no folder; leave the folder out")
@@ -139,8 +139,8 @@ def segmentation_dataset(name: str, root: str | None, split: str, train: bool, c
     return LabelledImages(info, root or info.root, split, augment)
 
 
-def augmentation(short_sides: tuple[int, ...] | None, crop: int | None) -> v2.Compose:
-    """Random short side, random square crop, horizontal flip; None leaves that step out.
+def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: bool = False) -> v2.Compose:
+    """Random short side, random square crop, horizontal flip; None leaves that step out. jitter: see `photometric`.
 
     Takes and gives (tv_tensors.Image, tv_tensors.Mask); masks are resized by nearest neighbour. An image smaller than
     the crop is padded, with 0 in the image and IGNORE in the mask. Draws from torch's global random state.
@@ -150,7 +150,16 @@ def augmentation(short_sides: tuple[int, ...] | None, crop: int | None) -> v2.Co
         steps.append(v2.RandomShortestSize(list(short_sides), antialias=True))
     if crop:
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}))
-    return v2.Compose([*steps, v2.RandomHorizontalFlip()])
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(), *(photometric() if jitter else [])])
+
+
+def photometric() -> list[v2.Transform]:
+    """What changes the look of an image and leaves its objects as they are: brightness, contrast, saturation and hue,
+    the negative, blur and noise."""
+    noise = v2.Compose([v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.GaussianNoise(sigma=0.03),
+                        v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)])  # fmt: skip
+    return [v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5), v2.RandomInvert(0.5),
+            v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], 0.5), v2.RandomApply([noise], 0.5)]  # fmt: skip
 
 
 def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
@@ -315,6 +324,7 @@ class ShapesDataset(Dataset):
         if count < subsets:
             raise DataError(f"--dataset shapes: {count} images in {split} for {subsets} subsets; ask for more")
         self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
+        self._drawn: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # painting takes as long as a third of a step
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), stream])
@@ -326,8 +336,10 @@ class ShapesDataset(Dataset):
         return f"shapes/{self.split}/{index:05d}"
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        scene = self.scene(index)
-        return _item(scene.image, scene.mask, index, self.augment)
+        if index not in self._drawn:
+            scene = self.scene(index)
+            self._drawn[index] = scene.image, scene.mask
+        return _item(*self._drawn[index], index, self.augment)
 
     def scene(self, index: int) -> Scene:
         """Image `index`, not augmented, with its semantic mask, instances and subset."""
@@ -448,11 +460,12 @@ COCO_LAYOUT = {"train": ("annotations/instances_train2017.json", "train2017"),
 
 def detection_dataset(name: str, root: str | None, split: str, train: bool, masks: bool = False,
                       json: str | None = None, images: str | None = None, limit: int | None = None,
-                      **shapes_options) -> Dataset:
+                      jitter: bool = False, **shapes_options) -> Dataset:
     """Opens one split of "coco", or of any data in its format, or of "shapes", for detection.
 
     root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True flips
-    images at random and leaves out those without a usable object. masks: targets have instance masks.
+    images at random and leaves out those without a usable object; with jitter it also changes their look, see
+    `photometric`. masks: targets have instance masks.
     json, images: annotation file and image folder to use in place of those under `root`. limit: take the first so many
     images only. shapes_options: see `ShapesDataset`.
 
@@ -471,17 +484,17 @@ def detection_dataset(name: str, root: str | None, split: str, train: bool, mask
     if name == "shapes":
         if root is not None or json is not None or images is not None:
             raise DataError(f"{root or json or images}: --dataset shapes is made on the fly and reads no files; leave this out")
-        return ShapesDetection(split, train, masks, limit, **shapes_options)
+        return ShapesDetection(split, train, masks, limit, jitter, **shapes_options)
     if shapes_options:
         raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
     default_json, default_images = (os.path.join(root or COCO_ROOT, part) for part in COCO_LAYOUT[split])
-    return CocoImages(json or default_json, images or default_images, train, masks, limit)
+    return CocoImages(json or default_json, images or default_images, train, masks, limit, jitter)
 
 
-def _flip_and_sanitize(train: bool) -> v2.Compose:
+def _flip_and_sanitize(train: bool, jitter: bool) -> v2.Compose:
     """Boxes to x1 y1 x2 y2 inside the image; what is no object any more is dropped with its label and mask."""
-    flip = [v2.RandomHorizontalFlip()] if train else []
-    return v2.Compose([v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), *flip])
+    augment = [v2.RandomHorizontalFlip(), *(photometric() if jitter else [])] if train else []
+    return v2.Compose([v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), *augment])
 
 
 def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
@@ -495,7 +508,7 @@ class CocoImages(datasets.CocoDetection):
     """Images with the annotations of a COCO-format json file; see `detection_dataset`."""
     subset = None
 
-    def __init__(self, json: str, images: str, train: bool, masks: bool, limit: int | None):
+    def __init__(self, json: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False):
         for path, exists, what in ((json, os.path.isfile, "annotation file"), (images, os.path.isdir, "image folder")):
             if not exists(path):
                 raise DataError(f"{path}: no such {what}; get COCO 2017 from cocodataset.org (annotations/ beside train2017/ "
@@ -524,7 +537,7 @@ class CocoImages(datasets.CocoDetection):
             raise DataError(f"{json}: lists no images")
         self.image_ids = self.ids
         self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
-        self.transforms = _flip_and_sanitize(train)
+        self.transforms = _flip_and_sanitize(train, jitter)
 
     def _check_files(self) -> None:
         """Every image is a file inside the folder."""
@@ -609,10 +622,10 @@ def _has_area(annotation: dict) -> bool:
 class ShapesDetection(Dataset):
     """`ShapesDataset` for detection: its visible instances as boxes and masks; see `detection_dataset`."""
 
-    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, **options):
+    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, jitter: bool = False, **options):
         self.scenes = ShapesDataset(split, **options)
         self.count = min(len(self.scenes), limit or len(self.scenes))
-        self.masks, self.transforms = masks, _flip_and_sanitize(train)
+        self.masks, self.transforms = masks, _flip_and_sanitize(train, jitter)
         self.classes = list(self.scenes.info.classes[1:])               # of the masks' classes, without the background
         self.palette = self.scenes.info.palette[1:]
         self.category_ids = list(range(1, len(self.classes) + 1))

@@ -160,9 +160,16 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict, open_dataset, **
     return dataset
 
 
-def describe_experts(A: Tensor, flops: Tensor, centers: Tensor) -> dict:
-    """What metrics.json says about the experts. A: [N, D]; flops: [N], paper count; distances in the units of A."""
-    labels, _ = kmeans.assign(A, centers)
+def nearest(A: Tensor, checkpoint: dict, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The expert [n] of each A [n, D] and the distance [n] to its centre, in the metric that it was trained with."""
+    metric = checkpoint.get("metric")
+    weight = 1.0 if metric is None else metric
+    return kmeans.assign(A * weight, centers * weight)
+
+
+def describe_experts(A: Tensor, flops: Tensor, centers: Tensor, labels: Tensor) -> dict:
+    """What metrics.json says about the experts. A: [N, D]; flops: [N], paper count; labels: [N]; distances in the units
+    of A."""
     inter, intra = kmeans.inter_intra(A, labels, centers)
     sizes = torch.bincount(labels, minlength=len(centers))
     mean = [flops[labels == k].double().mean().item() / 1e9 if sizes[k] else None for k in range(len(centers))]
@@ -184,13 +191,12 @@ def print_cost_and_experts(metrics: dict) -> None:
             print(collapse)
 
 
-def recovery(model, result: Score, centers: Tensor) -> dict:
+def recovery(model, result: Score, centers: Tensor, labels: Tensor) -> dict:
     """How well the experts recover the subsets that are known, and what each subset's images run.
 
     Per subset: GFLOPs (paper count), and by stride the G multiply-adds of cells and paths that ran and the share of
     cells that ran.
     """
-    labels, _ = kmeans.assign(result.A, centers)
     dataset, backbone = result.dataset, model.backbone
     accuracy, rand, table, match = kmeans.agreement(labels, dataset.subset)
     costs = backbone.costs(*result.size)
@@ -251,16 +257,17 @@ def score(arguments: argparse.Namespace, model, checkpoint: dict, process: Proce
         print("the checkpoint has no centres: clustering this split instead")
         centers = kmeans.kmeans(result.A, min(checkpoint["config"]["k"], len(result.A)))[0]
     if centers is not None:
-        metrics |= describe_experts(result.A, result.flops["paper"], centers)
+        labels, distances = nearest(result.A, checkpoint, centers)
+        metrics |= describe_experts(result.A, result.flops["paper"], centers, labels)
     print_cost_and_experts(metrics)
     if centers is not None and result.dataset.subset is not None:
-        metrics["subsets"] = recovery(model, result, centers)
+        metrics["subsets"] = recovery(model, result, centers, labels)
         print_recovery(metrics["subsets"])
     path = arguments.checkpoint.with_name("metrics.json")
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"\nwrote {path}")
     if centers is not None:
-        draw_experts(path.with_name("experts.png"), model, checkpoint, process, result, centers, arguments.min_score)
+        draw_experts(path.with_name("experts.png"), model, checkpoint, process, result, labels, distances, arguments.min_score)
         print(f"wrote {path.with_name('experts.png')}")
 
 
@@ -318,13 +325,13 @@ def write_on(image: Tensor, texts: list[str], places: list[tuple[float, float]])
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def draw_experts(path: Path, model, checkpoint: dict, process: Process, result: Score, centers: Tensor,
-                 min_score: float) -> None:  # fmt: skip
+def draw_experts(path: Path, model, checkpoint: dict, process: Process, result: Score, labels: Tensor,
+                 distances: Tensor, min_score: float) -> None:  # fmt: skip
     """Per expert, the images nearest to its centre, and under each what is predicted for it (figure 5 of the paper)."""
     from matplotlib.figure import Figure
 
-    columns, rows = 6, 2 * len(centers)
-    labels, distances = kmeans.assign(result.A, centers)
+    experts = max(int(labels.max()) + 1, 1)
+    columns, rows = 6, 2 * experts
     height, width = result.dataset[0][0].shape[-2:]
     figure = Figure(figsize=(1.4 * columns * width / height + 1.4, 1.4 * rows), dpi=100)  # inches
     left = 1.4 / figure.get_figwidth()
@@ -333,7 +340,7 @@ def draw_experts(path: Path, model, checkpoint: dict, process: Process, result: 
         gridspec_kw=dict(left=left, right=0.995, bottom=0.005, top=0.995, wspace=0.03, hspace=0.03))
     for ax in axes.flat:
         ax.axis("off")
-    for k in range(len(centers)):
+    for k in range(experts):
         members = (labels == k).nonzero().flatten()
         name = f"expert {k}\n{len(members)} images"
         if len(members):
@@ -363,7 +370,7 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
         gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
         line = f"{path}: {gflops:.3f} GFLOPs ({count})"
         if checkpoint["centers"] is not None:
-            label, distance = kmeans.assign(out.A.cpu(), checkpoint["centers"])
+            label, distance = nearest(out.A.cpu(), checkpoint, checkpoint["centers"])
             line += f", expert {label.item()} of {len(checkpoint['centers'])}, {distance.item():.3f} from its centre"
             overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
         target = folder / path.relative_to(source if source.is_dir() else path.parent)

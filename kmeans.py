@@ -328,7 +328,7 @@ def describe_collapse(sizes, inter: float, intra: float) -> str | None:
 class Clusters(NamedTuple):
     """What the training loop keeps between two K-means updates."""
 
-    centers: Tensor  # [k, D] float32, the mu_k
+    centers: Tensor  # [k, D] float32, the mu_k, in the units of A
     sigma2: float  # equation (2)
     sizes: list[int]  # samples per cluster, over all ranks
     inertia: float
@@ -339,10 +339,15 @@ class ActivationBank:
 
     num_samples: N of the training set; dim: D. Takes N·D·4 bytes (COCO: 94 MB). On the device the model runs on, an
     update does not wait; on the CPU each one waits for the GPU.
+    momentum: in [0, 1), the share of what is kept of a sample that stays when it is seen again. Above 0, a sample's
+    value is a running mean over its augmented views, of which the last 1 / (1 − momentum) count most.
     `values` [N, D] float32 (zeros where not seen yet), `seen` [N] bool.
     """
 
-    def __init__(self, num_samples: int, dim: int, device: str | torch.device = "cpu"):
+    def __init__(self, num_samples: int, dim: int, device: str | torch.device = "cpu", momentum: float = 0.0):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
+        self.momentum = momentum
         self.values = torch.zeros(num_samples, dim, device=device)
         self.seen = torch.zeros(num_samples, dtype=torch.bool, device=device)
 
@@ -361,7 +366,10 @@ class ActivationBank:
             )
         group = _world()
         index = _gather(index.to(A.device), group).flatten(0, 1).to(self.values.device)
-        self.values[index] = _gather(A.detach().float(), group).flatten(0, 1).to(self.values.device)
+        A = _gather(A.detach().float(), group).flatten(0, 1).to(self.values.device)
+        if self.momentum:
+            A = torch.lerp(A, self.values[index], self.momentum * self.seen[index, None])
+        self.values[index] = A
         self.seen[index] = True
 
     def shard(self) -> tuple[Tensor, Tensor]:
@@ -371,27 +379,33 @@ class ActivationBank:
         return index, self.values[index]
 
     def cluster(
-        self, k: int, centers: Tensor | None = None, seed: int = 0, max_iter: int = 100, restarts: int = 0
-    ) -> Clusters:
+        self, k: int, centers: Tensor | None = None, seed: int = 0, max_iter: int = 100, restarts: int = 0,
+        metric: Tensor | None = None,
+    ) -> Clusters:  # fmt: skip
         """K-means over the samples seen so far, shared out over the ranks, from `centers` [k, D] (the last update's)
         or K-means++; and from `restarts` further K-means++ starts, of which the result with the least inertia is kept.
-        Raises ValueError while fewer than k are seen."""
+        metric: [D] above 0, what each entry of A is multiplied by before distances are taken; sigma2 and inertia are
+        in its units, centres in those of A. Raises ValueError while fewer than k are seen."""
         group = _world()
         _, A = self.shard()
+        if metric is not None:
+            A, centers = A * metric, centers if centers is None else centers * metric
         tries = [kmeans(A, k, centers, max_iter, seed, group)]
         tries += [kmeans(A, k, None, max_iter, seed + j, group) for j in range(1, restarts + 1)]
         centers, labels, inertia = min(tries, key=lambda result: result[2])  # the same on every rank
+        centers = centers if metric is None else centers / metric
         sizes = _gather(torch.bincount(labels, minlength=k), group).sum(dim=0).tolist()
         return Clusters(centers, sigma2(inertia, sum(sizes)), sizes, inertia)
 
-    def group(self, labels: Tensor, k: int) -> Clusters:
+    def group(self, labels: Tensor, k: int, metric: Tensor | None = None) -> Clusters:
         """What `cluster` returns, for groups that are known: labels [N] int64 in [0, k) of all samples, seen or not.
         A group of which nothing is seen has its centre at 0."""
         A, labels = self.values[self.seen].double(), labels[self.seen]
         sizes = torch.bincount(labels, minlength=k)
         sums = torch.zeros(k, A.shape[1], dtype=A.dtype, device=A.device).index_add_(0, labels, A)
         centers = sums / sizes.clamp(min=1)[:, None]
-        inertia = (A - centers[labels]).square().sum().item()
+        weight = 1.0 if metric is None else metric.double()
+        inertia = ((A - centers[labels]) * weight).square().sum().item()
         return Clusters(centers.float(), sigma2(inertia, len(A)), sizes.tolist(), inertia)
 
     def state_dict(self) -> dict[str, Tensor]:

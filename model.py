@@ -141,10 +141,11 @@ class RoutedSegmenter(nn.Module):
         """Length of A(x)."""
         return 3 * self.backbone.num_nodes
 
-    def forward(self, images: Tensor, skip: bool | None = None) -> SegmentationOutput:
+    def forward(self, images: Tensor, skip: bool | None = None, probe: Tensor | None = None) -> SegmentationOutput:
+        """For `skip` and `probe` see `RoutedBackbone.route`."""
         height, width = images.shape[-2:]
         images = pad_to_stride(images, self.backbone.stride).contiguous(memory_format=torch.channels_last)
-        features, routes = self.backbone.route(images, skip)
+        features, routes = self.backbone.route(images, skip, probe=probe)
         logits = self.head(features)[..., :height, :width]
         A = clustered(routes, self.gate_space)
         return SegmentationOutput(logits, A, self.backbone.expected_cost(routes, height, width), routes)
@@ -211,9 +212,10 @@ class RoutedPyramid(nn.Module):
             nn.init.kaiming_uniform_(lateral.weight, a=1)  # as torchvision starts its own pyramid
             nn.init.zeros_(lateral.bias)
 
-    def forward(self, x: Tensor) -> tuple[OrderedDict[str, Tensor], Routes]:
-        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride], and the routes."""
-        features, routes = self.backbone.route(x)
+    def forward(self, x: Tensor, probe: Tensor | None = None) -> tuple[OrderedDict[str, Tensor], Routes]:
+        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride], and the routes.
+        For `probe` see `RoutedBackbone.route`."""
+        features, routes = self.backbone.route(x, probe=probe)
         maps = [lateral(feature) for lateral, feature in zip(self.laterals, features)]
         return OrderedDict((str(level), y) for level, y in enumerate(maps)), routes
 
@@ -284,13 +286,16 @@ class Detector(nn.Module):
         images.tensors = images.tensors.contiguous(memory_format=torch.channels_last)
         return images, targets
 
-    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> DetectionOutput:
+    def forward(
+        self, images: list[Tensor], targets: list[dict] | None = None, probe: Tensor | None = None
+    ) -> DetectionOutput:
         """images: list of [3, H, W] on 0..1, of any size. targets, in training: a list of dicts with boxes [n, 4] as
-        x1 y1 x2 y2 in pixels, labels int64 [n] from 1, and with masks also masks uint8 [n, H, W]; n may be 0."""
+        x1 y1 x2 y2 in pixels, labels int64 [n] from 1, and with masks also masks uint8 [n, H, W]; n may be 0.
+        For `probe` see `RoutedBackbone.route`."""
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.prepare(images, targets)
         if self.routed:
-            maps, routes = self.pyramid(batch.tensors)
+            maps, routes = self.pyramid(batch.tensors, probe)
             A, cost = clustered(routes, self.gate_space), self.backbone.expected_cost(routes, *batch.tensors.shape[-2:])
         else:
             maps, routes = self.pyramid(batch.tensors), None

@@ -211,24 +211,31 @@ class RoutedBackbone(nn.Module):
         features, routes = self.route(x)
         return features, routes.A, self.expected_cost(routes, *x.shape[-2:])
 
-    def route(self, x: Tensor, skip: bool | None = None, alpha: Tensor | None = None) -> tuple[list[Tensor], Routes]:
+    def route(
+        self, x: Tensor, skip: bool | None = None, alpha: Tensor | None = None, probe: Tensor | None = None
+    ) -> tuple[list[Tensor], Routes]:
         """`forward` in full: features and every decision of the gates.
 
         Args:
             skip: leave out the work behind closed gates, image by image; by default in evaluation. Costs one host
                 sync per layer.
             alpha: [B, 1 + nodes, 3], used in place of what the gates say (they run all the same).
+            probe: [B, 1 + nodes, 3], zeros that are added to the weight of each path: after a backward pass, their
+                gradient says what the loss makes of more or less of it, closed ones too. Not with `skip`.
         """
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
             raise ValueError(f"image of {x.shape[-2]}x{x.shape[-1]}: both must be multiples of {self.stride}")
         skip = not self.training if skip is None else skip
+        if skip and probe is not None:
+            raise ValueError("a probe needs skip=False: closed paths are not run")
         run_layer = self._skip_layer if skip else self._mask_layer
         arrived = [self.stem(x)]
         reached = torch.ones(len(x), 1, dtype=torch.bool, device="cpu" if skip else x.device)
         decided, first = [], 0
         for layer in [[self.init], *self.layers]:
             forced = None if alpha is None else alpha[:, first : first + len(layer)]
-            arrived, reached_next, logits, activations = run_layer(layer, arrived, reached, forced)
+            probed = {} if probe is None else {"probe": probe[:, first : first + len(layer)]}
+            arrived, reached_next, logits, activations = run_layer(layer, arrived, reached, forced, **probed)
             decided.append(Routes(logits, activations, reached.to(x.device, non_blocking=True)))
             reached, first = reached_next, first + len(layer)
         return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
@@ -237,12 +244,15 @@ class RoutedBackbone(nn.Module):
     # [B, n], and alphas to use instead of the gates' [B, n, 3] or None. Both return what arrives at the next layer,
     # whom that reaches, and the layer's logits and alphas [B, n, 3].
 
-    def _mask_layer(self, layer, arrived, reached, forced):
+    def _mask_layer(self, layer, arrived, reached, forced, probe=None):
         """Everything runs; what is closed is multiplied by zero. For training, and as the reference."""
         logits = torch.stack([node.logits(x) for node, x in zip(layer, arrived)], 1) * reached[..., None]
         alpha = _alpha(logits, layer, reached, forced)
         closed = alpha.sum(-1) < OPEN  # [B, n]
-        weight = (alpha * (alpha > OPEN)).to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
+        weight = alpha * (alpha > OPEN)
+        if probe is not None:
+            weight = weight + probe * reached[..., None]
+        weight = weight.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
 
         following: list = [None] * _count_targets(layer)
         for s, (node, x) in enumerate(zip(layer, arrived)):

@@ -170,6 +170,32 @@ def test_skipped_masked_and_plainly_written_routes_agree(gate):
     assert all((f[0] == 0).all() for f in skipped[1:])
 
 
+def test_a_probe_tells_what_more_of_a_path_would_do():
+    """Its gradient against differences of the loss when the alphas themselves are moved, closed paths among them."""
+    backbone = warmed_backbone(layers=5, gate="small").double()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    alphas = torch.full((2, 1 + backbone.num_nodes, 3), 0.7).double()
+    alphas[0, 4, routing.KEEP] = alphas[1, 7, routing.UP] = 0  # closed paths of open nodes, to nodes that others reach too
+    alphas[1, 1] = 0  # a closed node, and below it, at scale 1, nothing but what comes from init
+
+    def loss(alphas, **probed):
+        features, _ = backbone.route(images, skip=False, alpha=alphas, **probed)
+        return sum((feature * feature).sum() for feature in features)
+
+    probe = torch.zeros_like(alphas, requires_grad=True)
+    loss(alphas, probe=probe).backward()
+    for place in [(0, 0, routing.DOWN), (0, 4, routing.KEEP), (1, 7, routing.UP), (0, 5, routing.DOWN), (1, 9, routing.KEEP)]:
+        moved = [alphas.clone(), alphas.clone()]
+        moved[0][place] += 2e-4  # at least OPEN, from 0 on
+        moved[1][place] += 4e-4
+        at = [loss(a).item() for a in (alphas, *moved)]
+        slope = (4 * at[1] - 3 * at[0] - at[2]) / 4e-4  # second order
+        assert probe.grad[place].item() == pytest.approx(slope, rel=1e-4)
+    assert probe.grad[0, 1, routing.UP] == 0  # a path that does not exist
+    with pytest.raises(ValueError, match="skip"):
+        backbone.route(images, skip=True, probe=probe)
+
+
 @torch.no_grad()
 def let_gates_decide(network):
     """Gates whose decision depends on the image: about half the paths get closed."""
@@ -670,6 +696,41 @@ def test_restarts_leave_a_bad_start():
     assert bank.cluster(3, stuck, restarts=4).sizes == [60, 60, 60]
 
 
+def test_bank_keeps_running_means_over_views():
+    bank = kmeans.ActivationBank(3, 2, momentum=0.75)
+    views = torch.rand(4, 2)
+    for view in views:
+        bank.update(torch.tensor([1]), view[None])
+    expected = views[0]  # the first view counts in full
+    for view in views[1:]:
+        expected = 0.75 * expected + 0.25 * view
+    torch.testing.assert_close(bank.values[1], expected)
+    assert bank.values[0].tolist() == [0, 0] and bank.count == 1
+    with pytest.raises(ValueError, match="momentum"):
+        kmeans.ActivationBank(3, 2, momentum=1.0)
+
+
+def test_bank_clusters_in_a_metric():
+    """Two groups in a column of small numbers, hidden behind noise in one of large numbers."""
+    rng = np.random.default_rng(0)
+    truth = torch.from_numpy(rng.integers(0, 2, 200))
+    A = torch.from_numpy(np.stack([rng.normal(0, 1, 200), 0.1 * truth + rng.normal(0, 0.01, 200)], 1)).float()
+    bank, metric = kmeans.ActivationBank(200, 2), torch.tensor([0.01, 1.0])
+    bank.update(torch.arange(200), A)
+    plain, weighted = bank.cluster(2, restarts=3), bank.cluster(2, restarts=3, metric=metric)
+    accuracy = [kmeans.agreement(kmeans.assign(A * w, c.centers * w)[0], truth)[0] for w, c in ((1, plain), (metric, weighted))]
+    assert accuracy[0] < 0.75 and accuracy[1] == 1
+    means = torch.stack([A[truth == k].mean(0) for k in range(2)])  # in the units of A
+    torch.testing.assert_close(weighted.centers[weighted.centers[:, 1].argsort()], means, atol=1e-5, rtol=1e-5)
+    spread = ((A - means[truth]) * metric).double().square().sum().item() / 199
+    assert weighted.sigma2 == pytest.approx(spread, rel=1e-5)
+    again = bank.cluster(2, weighted.centers, max_iter=1, metric=metric)  # the start is in the units of A too
+    torch.testing.assert_close(again.centers, weighted.centers)
+    known = bank.group(truth, 2, metric)
+    torch.testing.assert_close(known.centers, means, atol=1e-5, rtol=1e-5)
+    assert known.sigma2 == pytest.approx(spread, rel=1e-5)
+
+
 def test_bank_groups_known_subsets():
     bank = kmeans.ActivationBank(6, 2)
     A = torch.tensor([[0.0, 1], [2, 1], [4, 4], [6, 4]])
@@ -1060,6 +1121,21 @@ def test_an_epoch_has_each_index_once_with_its_own_image():
         assert len(set(order[:12])) == len(set(order[12:])) == 12 and order[:12] != order[12:]
         first += order[:12]
     assert sorted(first) == list(range(24))
+
+
+def test_jitter_changes_the_look_and_nothing_else():
+    plain, jittered = (data.SeededItems(small_shapes(jitter=jitter), 3) for jitter in (False, True))
+    changed = 0
+    for item in [(0, 0), (0, 1), (1, 0), (2, 5)]:
+        (image, mask, _), (other, other_mask, _) = plain[item], jittered[item]
+        assert torch.equal(mask, other_mask) and other.dtype == torch.uint8 and other.shape == image.shape
+        assert torch.equal(other, jittered[item][0])
+        changed += not torch.equal(image, other)
+    assert changed == 4
+    assert torch.equal(small_shapes(train=False, jitter=True)[3][0], small_shapes(train=False)[3][0])
+    box, detection_box = (data.detection_dataset("shapes", None, "train", True, jitter=jitter, size=32, n_train=6)[2][1]["boxes"]
+                          for jitter in (False, True))  # fmt: skip
+    assert box.shape == detection_box.shape
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1613,7 +1689,8 @@ def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, mon
 
 SHORT = ["--size", "32", "--subsets", "2", "--layers", "4", "--width", "4", "--iters", "12", "--warmup", "2", "--bn-batches", "2",
          "--kmeans-every", "3", "--log-every", "4", "--eval-every", "6", "--save-every", "1", "--device", "cpu", "--batch", "4"]  # fmt: skip
-SHORT_SEG = [HERE / "train_seg.py", "--dataset", "shapes", *SHORT]
+SHORT_SEG = [HERE / "train_seg.py", "--dataset", "shapes", *SHORT, "--metric", "task", "--own", "bank", "--bank-momentum", "0.5",
+             "--jitter", "--lambda2-start", "0.3"]  # fmt: skip
 SHORT_DET = [HERE / "train_det.py", "--dataset", "shapes", *SHORT, "--pyramid", "8", "--short-sides", "32", "48", "--long-side", "64",
              "--proposals", "20", "--rois", "8", "--layers", "5", "--limit", "30", "--masks", "--activations", "recompute"]  # fmt: skip
 

@@ -195,7 +195,8 @@ def train(config: Config, process: Process) -> Path:
     files = {"train": {"json": config.train_json, "images": config.train_images},
              "val": {"json": config.val_json, "images": config.val_images}}  # fmt: skip
     train_set = data.detection_dataset(
-        config.dataset, config.data, "train", train=True, masks=config.masks, **files["train"], **options)
+        config.dataset, config.data, "train", train=True, masks=config.masks, jitter=config.jitter, **files["train"],
+        **options)
     val_set = data.detection_dataset(
         config.dataset, config.data, "val", train=False, masks=config.masks, **files["val"], **options)
     if not val_set.coco.anns:
@@ -258,17 +259,18 @@ def train(config: Config, process: Process) -> Path:
         images, targets = to_device(images, targets, device)
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
-        out = network(images, targets)
+        out = network(images, targets, **experts.probes(len(images)))
         terms = {name.removeprefix("loss_"): term for name, term in out.losses.items()}  # L_task, as torchvision splits it
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
             share = mean_over_processes((out.cost / model.budgeted_cost(*out.padded)).mean(), process)
             terms["cost"] = config.lambda1 * ramp * losses.cost_loss(share[None], 1.0, config.budget)
-        if config.lambda2 and experts.clusters is not None:
+        if experts.pull(iteration):
             terms["clustering"] = config.lambda2 * experts.loss(out.A, index)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        experts.sense()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         run.check_step(iteration, terms, gradient_norm, train_set, index)
         lr = schedule.get_last_lr()[0]

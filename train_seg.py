@@ -49,7 +49,7 @@ RECIPES = {
                        kmeans_restarts=0),
     "camvid": dict(layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100,
                    kmeans_restarts=0, lambda2=0.02),
-    "shapes": dict(layers=6, width=16, iters=2000, warmup=50, lr=0.2, eval_every=2000, bn_batches=50,
+    "shapes": dict(layers=4, width=16, iters=4000, warmup=50, lr=0.2, eval_every=4000, bn_batches=50,
                    kmeans_restarts=4, lambda2=0.02),
 }  # fmt: skip
 for name, recipe in RECIPES.items():
@@ -80,6 +80,8 @@ class RunConfig:
     subsets: int | None = setting(None, "data", "shapes: known subsets among the images, 2 to 4 (default: 3)", 2, 4, type=int)
     size: int | None = setting(None, "data", "shapes: side of the images, a multiple of 32", type=int)
     hard: bool = setting(False, "data", "shapes: the subsets differ in object scale alone")
+    jitter: bool = setting(
+        False, "data", "training images change their look at random: brightness, contrast, colour, negative, blur, noise")
     workers: int | None = setting(
         None, "data", "loader processes per training process (default: 4, or what the cores allow)", 0, type=int)
     # model
@@ -102,6 +104,8 @@ class RunConfig:
     lambda1: float | None = setting(None, "method", "weight of the cost loss, by default the variant's", 0, type=float)
     budget: float | None = setting(None, "method", "share of the full cost aimed at, by default the variant's", 0, 1, type=float)
     lambda2: float | None = setting(None, "method", "weight of the clustering loss, by default the variant's", 0, type=float)
+    lambda2_start: float | None = setting(
+        None, "method", "share of training that passes before the clustering loss begins", 0, 1, type=float)
     margin: float = setting(
         5.0, "method", "margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2", 0)
     k: int | None = setting(
@@ -113,6 +117,15 @@ class RunConfig:
     activations: str = setting(
         "bank", "method", "what K-means sees: the latest A(x) of each sample, or a pass over the training set",
         choices=["bank", "recompute"])
+    bank_momentum: float = setting(
+        0.0, "method", "share of a sample's kept activations that stays when it is seen again: with augmentations, a "
+        "running mean over its views", 0, 0.999)
+    own: str = setting(
+        "nearest", "method", "the centre that an image is pulled to: the nearest to A(x) at each step, or, by bank, the one "
+        "that its kept activations went to at the last K-means update", choices=["nearest", "bank"])
+    metric: str = setting(
+        "plain", "method", "distances between architectures: plain, or, by task, with each gate weighed by how much the "
+        "task loss depends on it", choices=["plain", "task"])
     oracle: bool = setting(False, "method", "shapes: tell the method the true subsets: their means are the centres")
     gate_space: str = setting("alpha", "method", "cluster gates after or before their non-linearity", choices=["alpha", "logit"])
     # system
@@ -141,7 +154,8 @@ def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfi
     recipe, variant = recipes[config.dataset], VARIANTS[config.variant]
     routed = variant.gate is not None
     lambda2 = variant.lambda2 and recipe.get("lambda2", variant.lambda2)
-    defaults = recipe | dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
+    defaults = dict(lambda2_start=0.0) | recipe
+    defaults |= dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
     if not routed:  # no size to choose
         defaults |= {key: None for key in ("layers", "width", "pyramid") if key in recipe}
     defaults["k"] = (config.subsets or 3) if config.dataset == "shapes" else 4
@@ -158,6 +172,8 @@ def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfi
         raise InputError(f"--lambda1 {config.lambda1}: {config.variant} has no budget; give the share to aim at with --budget")
     if config.init and not routed and config.variant != "r50-fpn":
         raise InputError(f"--init {config.init}: starts routed networks, and r50-fpn; {config.variant} is none of them")
+    if config.metric == "task" and config.gate_space == "logit":
+        raise InputError("--metric task: weighs gate activations; it does not go with --gate-space logit")
     if not routed and (config.lambda1 or config.lambda2):
         raise InputError(f"--lambda1 and --lambda2 do not apply to {config.variant}, which has no gates")
     return config
@@ -271,6 +287,11 @@ class Experts:
 
     With --oracle the true subset of each training image takes the place of what K-means finds. dim: length of A(x),
     0 of a static network, which has no experts. Raises InputError where a flag does not fit the training set.
+
+    metric: None, or [D], mean square 1: what A is multiplied by before distances are taken. By --metric task it is the
+    root mean square, over recent images, of the task loss's gradient to the weight of each path: gates that the task
+    does not depend on, where A varies with no more than the look of the image, count little.
+    own: None, or by --own bank the centre [N] of each training sample.
     """
 
     def __init__(self, config: RunConfig, dim: int, train_set, device: torch.device):
@@ -278,45 +299,93 @@ class Experts:
             raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
         if config.oracle and (train_set.subset is None or config.k != int(train_set.subset.max()) + 1):
             raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k equal to their number")
-        self.config, self.subset = config, train_set.subset if config.oracle else None
-        self.bank = kmeans.ActivationBank(len(train_set), dim, "cpu" if device.type == "mps" else device)  # see kmeans.py
+        self.config, self.subset, self.device = config, train_set.subset if config.oracle else None, device
+        place = "cpu" if device.type == "mps" else device  # see kmeans.py
+        self.bank = kmeans.ActivationBank(len(train_set), dim, place, config.bank_momentum)
         self.clusters, self.next_update = None, config.kmeans_every
+        self.metric, self.own = None, None
+        self.probe, self.squares = None, torch.zeros(dim, device=device) if dim and config.metric == "task" else None
+
+    def probes(self, batch: int) -> dict[str, Tensor]:
+        """For the network's forward pass, beside its images: with --metric task, what `sense` will read."""
+        if self.squares is None:
+            return {}
+        self.probe = torch.zeros(batch, 1 + len(self.squares) // 3, 3, device=self.device, requires_grad=True)
+        return {"probe": self.probe}
+
+    def sense(self, momentum: float = 0.98) -> None:
+        """After the backward pass: how much the task loss depends on each gate. The other terms do not pass the probe."""
+        if self.squares is not None:
+            self.squares.lerp_(self.probe.grad[:, 1:].flatten(1).square().mean(0), 1 - momentum)
 
     def due(self, iteration: int) -> bool:
         late = iteration >= self.next_update or iteration == self.config.iters
         return late and self.bank.count >= self.config.k
 
+    def pull(self, iteration: int) -> bool:
+        """Whether the clustering loss takes part in this step."""
+        config = self.config
+        return bool(config.lambda2) and self.clusters is not None and iteration > config.lambda2_start * config.iters
+
     def loss(self, A: Tensor, index: Tensor) -> Tensor:
         """The clustering loss of a batch, eq. (2), with the centres as they are."""
-        own = None if self.subset is None else self.subset[index]
-        return losses.clustering_loss(A, self.clusters.centers, self.clusters.sigma2, self.config.margin, own)
+        centers, own = self.clusters.centers, None
+        if self.subset is not None:
+            own = self.subset[index]
+        elif self.own is not None:
+            own = self.own[index.to(self.own.device)]
+        if self.metric is not None:
+            A, centers = A * self.metric.to(A.device), centers * self.metric
+        return losses.clustering_loss(A, centers, self.clusters.sigma2, self.config.margin, own)
+
+    def nearest(self, A: Tensor) -> Tensor:
+        """The centre of each A [n, D] -> [n] int64."""
+        centers = self.clusters.centers
+        weight = 1.0 if self.metric is None else self.metric
+        return kmeans.assign(A * weight, centers * weight)[0]
 
     def update(self, iteration: int) -> None:
         """Moves the centres, from where they are, to what the bank holds."""
-        config = self.config
-        if not self.bank.values.isfinite().all():  # on every process the same
+        config, bank = self.config, self.bank
+        if not bank.values.isfinite().all():  # on every process the same
             raise InputError(f"iteration {iteration}: gate activations are no longer finite; try a lower --lr")
+        if self.squares is not None:
+            squares = self.squares.to(bank.values, copy=True)
+            if dist.is_initialized():
+                dist.all_reduce(squares)
+            rms = squares[squares > 0].mean().sqrt()
+            self.metric = (squares.sqrt() / rms).clamp(min=0.01)  # paths that do not exist have no gradient
         if self.subset is None:
             start = self.clusters and self.clusters.centers
-            self.clusters = self.bank.cluster(config.k, start, config.seed + iteration, restarts=config.kmeans_restarts)
+            self.clusters = bank.cluster(
+                config.k, start, config.seed + iteration, restarts=config.kmeans_restarts, metric=self.metric)
         else:
-            self.clusters = self.bank.group(self.subset.to(self.bank.values.device), config.k)
+            self.clusters = bank.group(self.subset.to(bank.values.device), config.k, self.metric)
+        if config.own == "bank":
+            self.own = self.nearest(bank.values)
         self.next_update = iteration + round(config.kmeans_every * config.kmeans_anneal ** (iteration / config.iters))
 
     def state(self) -> dict:
         """For the checkpoint: bank, centres and sigma2."""
         centers, sigma2 = (None, None) if self.clusters is None else (self.clusters.centers.cpu(), self.clusters.sigma2)
         clusters = self.clusters and {"sizes": self.clusters.sizes, "inertia": self.clusters.inertia}
-        return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2, "clusters": clusters,
-                "next_update": self.next_update}  # fmt: skip
+        metric = None if self.metric is None else self.metric.cpu()
+        return {"bank": self.bank.state_dict(), "centers": centers, "sigma2": sigma2, "clusters": clusters, "metric": metric,
+                "own": self.own, "squares": self.squares, "next_update": self.next_update}  # fmt: skip
 
     def load_state(self, state: dict) -> None:
         """What `state` gave."""
         self.bank.load_state_dict(state["bank"])
         self.next_update = state["next_update"]
+        place = self.bank.values.device
+        if self.squares is not None:
+            self.squares.copy_(state["squares"])
+        if state["metric"] is not None:
+            self.metric = state["metric"].to(place)
+        if state["own"] is not None:
+            self.own = state["own"].to(place)
         if state["clusters"] is not None:
-            centers = state["centers"].to(self.bank.values.device)
-            self.clusters = kmeans.Clusters(centers, state["sigma2"], **state["clusters"])
+            self.clusters = kmeans.Clusters(state["centers"].to(place), state["sigma2"], **state["clusters"])
 
 
 def train(config: Config, process: Process) -> Path:
@@ -349,7 +418,8 @@ def train(config: Config, process: Process) -> Path:
     # ============ preparing data ============
     options = config.shapes_options()
     train_set = data.segmentation_dataset(
-        config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides, **options)
+        config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides,
+        jitter=config.jitter, **options)
     val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False, **options)
     ranks = (process.rank, process.world)
     loader = data.train_loader(train_set, config.batch, config.workers, config.seed, *ranks)
@@ -383,18 +453,19 @@ def train(config: Config, process: Process) -> Path:
         images, masks = data.normalize(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True).long()
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
-        out = network(images)
+        out = network(images, **experts.probes(len(images)))
         terms = {"task": segmentation_loss(out.logits, masks, process)}
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
             total = model.budgeted_cost(*images.shape[-2:])
             cost = mean_over_processes(out.cost.mean(), process)
             terms["cost"] = config.lambda1 * ramp * losses.cost_loss(cost[None], total, config.budget)
-        if config.lambda2 and experts.clusters is not None:
+        if experts.pull(iteration):
             terms["clustering"] = config.lambda2 * experts.loss(out.A, index)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        experts.sense()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         run.check_step(iteration, terms, gradient_norm, train_set, index)
         lr = schedule.get_last_lr()[0]
@@ -633,7 +704,7 @@ class Run:
             return
         clusters, bank = self.experts.clusters, self.experts.bank
         A = bank.values[bank.seen]
-        labels, _ = kmeans.assign(A, clusters.centers)
+        labels = self.experts.nearest(A)
         inter, intra = kmeans.inter_intra(A, labels, clusters.centers, max_samples=500)
         self.health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
         collapse = kmeans.describe_collapse(clusters.sizes, inter, intra)
