@@ -43,10 +43,10 @@ from train_seg import (
 RECIPES = {
     "coco": dict(data=data.COCO_ROOT, layers=17, width=64, pyramid=256, short_sides=(800,), long_side=1333, anchor=32,
                  proposals=1000, rois=512, iters=90_000, batch=16, lr=0.02, warmup=1000, eval_every=10_000,
-                 bn_batches=200, eval_batch=1, kmeans_restarts=0),
+                 bn_batches=200, eval_batch=1, kmeans_restarts=0, own="nearest", bank_momentum=0.0),
     "shapes": dict(layers=6, width=16, pyramid=32, short_sides=(128,), long_side=128, anchor=8, size=128,
                    proposals=100, rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000,
-                   bn_batches=50, eval_batch=10, kmeans_restarts=4, lambda2=0.02),
+                   bn_batches=50, eval_batch=10, kmeans_restarts=4, lambda2=0.1, own="bank", bank_momentum=0.5),
 }  # fmt: skip
 
 

@@ -43,14 +43,15 @@ from model import (
 
 # What differs by data set: a flag that is not given takes its value from here.
 # lambda2, of the DivDR variants, is 0.2 in general; on CamVid 0.02 was measured to be better, see the README. On shapes
-# warm starts alone can weld two subsets together early on; a few restarts find them again.
+# warm starts alone can weld two subsets together early on; a few restarts find them again, and centres that an image keeps
+# between two K-means updates carry the clusters through the start of the budget.
 RECIPES = {
     "cityscapes": dict(layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200,
-                       kmeans_restarts=0),
+                       kmeans_restarts=0, own="nearest", bank_momentum=0.0),
     "camvid": dict(layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100,
-                   kmeans_restarts=0, lambda2=0.02),
-    "shapes": dict(layers=4, width=16, iters=4000, warmup=50, lr=0.2, eval_every=4000, bn_batches=50,
-                   kmeans_restarts=4, lambda2=0.02),
+                   kmeans_restarts=0, lambda2=0.02, own="nearest", bank_momentum=0.0),
+    "shapes": dict(layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50,
+                   kmeans_restarts=4, lambda2=0.1, own="bank", bank_momentum=0.5),
 }  # fmt: skip
 for name, recipe in RECIPES.items():
     info = data.SEGMENTATION[name]
@@ -104,8 +105,7 @@ class RunConfig:
     lambda1: float | None = setting(None, "method", "weight of the cost loss, by default the variant's", 0, type=float)
     budget: float | None = setting(None, "method", "share of the full cost aimed at, by default the variant's", 0, 1, type=float)
     lambda2: float | None = setting(None, "method", "weight of the clustering loss, by default the variant's", 0, type=float)
-    lambda2_start: float | None = setting(
-        None, "method", "share of training that passes before the clustering loss begins", 0, 1, type=float)
+    lambda2_start: float = setting(0.0, "method", "share of training that passes before the clustering loss begins", 0, 1)
     margin: float = setting(
         5.0, "method", "margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2", 0)
     k: int | None = setting(
@@ -117,12 +117,12 @@ class RunConfig:
     activations: str = setting(
         "bank", "method", "what K-means sees: the latest A(x) of each sample, or a pass over the training set",
         choices=["bank", "recompute"])
-    bank_momentum: float = setting(
-        0.0, "method", "share of a sample's kept activations that stays when it is seen again: with augmentations, a "
-        "running mean over its views", 0, 0.999)
-    own: str = setting(
-        "nearest", "method", "the centre that an image is pulled to: the nearest to A(x) at each step, or, by bank, the one "
-        "that its kept activations went to at the last K-means update", choices=["nearest", "bank"])
+    bank_momentum: float | None = setting(
+        None, "method", "share of a sample's kept activations that stays when it is seen again: with augmentations, a "
+        "running mean over its views", 0, 0.999, type=float)
+    own: str | None = setting(
+        None, "method", "the centre that an image is pulled to: the nearest to A(x) at each step, or, by bank, the one "
+        "that its kept activations went to at the last K-means update", type=str, choices=["nearest", "bank"])
     metric: str = setting(
         "plain", "method", "distances between architectures: plain, or, by task, with each gate weighed by how much the "
         "task loss depends on it", choices=["plain", "task"])
@@ -154,8 +154,7 @@ def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfi
     recipe, variant = recipes[config.dataset], VARIANTS[config.variant]
     routed = variant.gate is not None
     lambda2 = variant.lambda2 and recipe.get("lambda2", variant.lambda2)
-    defaults = dict(lambda2_start=0.0) | recipe
-    defaults |= dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
+    defaults = recipe | dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2)
     if not routed:  # no size to choose
         defaults |= {key: None for key in ("layers", "width", "pyramid") if key in recipe}
     defaults["k"] = (config.subsets or 3) if config.dataset == "shapes" else 4
