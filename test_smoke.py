@@ -1642,6 +1642,41 @@ def test_one_process_trains_with(flags, tmp_path, monkeypatch):
         train_seg.main()
 
 
+def test_experts_in_the_metric_of_the_task_keep_their_images():
+    """metric, centres, own and loss against the formulas written out; and what a checkpoint carries over."""
+    train_set, rng = small_shapes(train=False, n_train=40), np.random.default_rng(0)
+    config = train_seg.resolve(train_seg.Config(dataset="shapes", variant="divdr-raw", k=2, metric="task", own="bank", batch=4,
+                                                kmeans_restarts=0), train_seg.RECIPES, world=1)  # fmt: skip
+    experts = train_seg.Experts(config, 6, train_set, torch.device("cpu"))
+    gradient = torch.from_numpy(rng.normal(0, [3e-4, 1e-5, 0, 2e-4, 1e-4, 0], (4, 6))).float()
+    probe = experts.probes(4)["probe"]
+    assert probe.shape == (4, 3, 3) and not probe.any() and not experts.pull(1)
+    probe.grad = torch.cat([torch.full((4, 1, 3), 9.0), gradient.view(4, 2, 3)], 1)  # the init node is no part of A
+    experts.sense()
+    A = torch.from_numpy(rng.uniform(0, 1, (40, 6))).float()
+    A[:, [2, 5]] = 0
+    experts.bank.update(torch.arange(40), A)
+    experts.update(50)
+    rms = gradient.double().square().mean(0).sqrt()
+    metric = (rms / rms[rms > 0].square().mean().sqrt()).clamp(min=0.01).float()
+    torch.testing.assert_close(experts.metric, metric)
+    centers = experts.clusters.centers
+    distance = ((A[:, None] - centers) * metric).double().norm(dim=2)
+    assert torch.equal(experts.own, distance.argmin(1)) and experts.pull(51)
+    for k in range(2):
+        torch.testing.assert_close(centers[k], A[experts.own == k].mean(0))
+    # An image that has moved right to the other centre is still pulled to its own.
+    index, sigma2 = torch.tensor([7, 30]), distance.amin(1).square().sum().item() / 39
+    moved = centers[1 - experts.own[index]]
+    apart = ((centers[0] - centers[1]) * metric).norm().item() / (2 * sigma2)
+    assert experts.loss(moved, index).item() == pytest.approx(config.margin + apart, rel=1e-4)
+    again = train_seg.Experts(config, 6, train_set, torch.device("cpu"))
+    again.load_state(experts.state())
+    assert torch.equal(again.metric, experts.metric) and torch.equal(again.own, experts.own) and torch.equal(again.squares, experts.squares)
+    with pytest.raises(model.InputError, match="--metric task"):
+        train_seg.resolve(train_seg.Config(dataset="shapes", metric="task", gate_space="logit"), train_seg.RECIPES, world=1)
+
+
 @pytest.mark.parametrize("oracle", [[], ["--oracle"]])
 def test_shapes_end_with_the_recovered_subsets(oracle, tmp_path):
     launch = [] if oracle else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
