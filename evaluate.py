@@ -523,7 +523,7 @@ METHODS = {"dr-a": "DR-A", "dr-b": "DR-B", "dr-c": "DR-C", "dr-raw": "DR-Raw", "
            "deeplabv3-r101": "DeepLabV3", "r50-fpn": "R-CNN"}  # fmt: skip
 STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
 SCORES = {"segmentation": ("mIoU",), "detection": ("box AP", "mask AP")}
-MEASURES = ("GFLOPs", "Inter", "Intra")
+MEASURES = ("GFLOPs", "Inter", "Intra", "Recovered")  # the last: % of images, of subsets that are known
 SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2"}
 SAME_SETTING = Run.FREE | {"seed", "log_every", "eval_every"}  # may differ between runs that are averaged
 OF_VARIANT = {"gate", "lambda1", "budget", "lambda2"}  # the method's name tells them
@@ -579,12 +579,14 @@ def published_rows(task: str, masks: bool = True) -> list[dict[str, str]]:
 
 
 def measured(run: Evaluated, column: str) -> float | None:
-    """A number of the tables: a score in %, GFLOPs per image, inter or intra; None where there is none."""
+    """A number of the tables: a score or recovered subsets in %, GFLOPs per image, inter or intra; None where there is none."""
     metrics = run.metrics
     if column == "mIoU":
         return metrics.get("miou")
     if column in ("box AP", "mask AP"):
         return (metrics.get(column.split()[0]) or {}).get("AP")
+    if column == "Recovered":
+        return metrics.get("subsets", {}).get("accuracy")
     return metrics["gflops"][table_count(metrics["gflops"])]["mean"] if column == "GFLOPs" else metrics.get(column.lower())
 
 
