@@ -637,7 +637,8 @@ def group_runs(runs: list[Evaluated], apart_from: str | None = None) -> list[Set
 
     firsts = [facts[id(group[0])] for group in groups.values()]
     told = []
-    for name in dict.fromkeys(name for fact in firsts for name in fact if name not in ignored | {"variant", "layers", "width"}):
+    names = dict.fromkeys(["k", "margin", "lambda2", *(name for fact in firsts for name in fact)])
+    for name in [name for name in names if name not in ignored | {"variant", "layers", "width"}]:
         values = {(name in OF_VARIANT and fact["variant"], json.dumps(fact.get(name))) for fact in firsts}
         if len(values) > len({variant for variant, _ in values}):
             told.append(name)
@@ -689,7 +690,7 @@ def render(rows: list[list[str]], form: str) -> str:
         escaped = [" & ".join(re.sub("|".join(marks), lambda m: marks[m[0]], cell) for cell in row) + r" \\" for row in rows]
         body = [r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}", r"\toprule", escaped[0], r"\midrule", *escaped[1:]]
         return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
     lines = [[cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))] for row in rows]
     if form == "markdown":
         rule = ["-" * w if c < 2 else "-" * (w - 1) + ":" for c, w in enumerate(widths)]
@@ -903,7 +904,7 @@ def draw_image_route(image: Tensor, grid: list, alpha: Tensor, title: str):
     def place(layer, scale):
         return (layer + 1.7) / (layers + 2.2) * width, (scale + 0.5) / scales * height
 
-    draw_grid(ax, grid, alpha, COLORS[0], place, line=6.0)
+    draw_grid(ax, grid, alpha, COLORS[0], place=place, line=6.0)
     for scale in range(scales):
         ax.text(*place(-1.3, scale), f"{4 * 2**scale}", ha="right", va="center", fontsize=8)
     ax.text(*place(-1.3, -0.35), "stride", ha="center", va="center", fontsize=8)
@@ -1165,6 +1166,8 @@ def draw_trade_off(runs: list[Evaluated], published: bool):
         low, high = (pick(ax.dataLim.intervalx) for pick in (min, max))
         if low > 0 and high > 8 * low:
             ax.set_xscale("log")
+        else:
+            ax.locator_params(axis="x", nbins=5)
         ax.margins(0.1)
         where = f"{runs[0].metrics['dataset']} {runs[0].metrics['split']}"
         ax.set(xlabel=f"GFLOPs per image, count: {table_count(runs[0].result.flops)}", ylabel=f"{score}, %, {where}")

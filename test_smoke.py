@@ -2398,3 +2398,172 @@ def test_miou_equals_cityscapesscripts_on_the_written_predictions(tmp_path, monk
     for name, value in metrics["iou"].items():
         theirs = result["classScores"][name]
         assert value is None if math.isnan(theirs) else value / 100 == pytest.approx(theirs, abs=1e-9)
+
+
+# ============ tables and figures ============
+
+
+def made_up_run(name, miou, seed=0, variant="divdr-a", images=6, k=3, **config):
+    """What evaluate.py knows of a run after a split, without the run."""
+    network = model.build_model(variant, "segmentation", 2, layers=4, width=8)
+    grid = evaluate.grid_of(network)
+    generator = torch.Generator().manual_seed(seed)
+    exists = torch.cat([routing._exists(node) for node in network.backbone.all_nodes()[1:]])
+    centers = torch.rand(k, 3 * len(grid), generator=generator) * exists
+    A = (centers[torch.arange(images) % (k - 1)] + 0.01 * torch.rand(images, 3 * len(grid), generator=generator)) * exists  # the last: empty
+    flops = {"paper": torch.arange(images) * 1_000_000 + seed * 10_000_000 + 50_000_000}
+    metrics = {"dataset": "shapes", "split": "val", "images": images, "miou": miou, "gflops": {"paper": evaluate.spread(flops["paper"] / 1e9)}}
+    metrics |= evaluate.describe_experts(A, flops["paper"], centers)
+    config = {"seed": seed, "k": k, "margin": 5.0, "lambda2": model.VARIANTS[variant].lambda2, "iters": 10} | config
+    checkpoint = {"path": Path(f"runs/{name}/last.pt"), "task": "segmentation", "iteration": 10, "config": config,
+                  "model_args": {"variant": variant, "width": 8}}  # fmt: skip
+    return evaluate.Evaluated(name, checkpoint, evaluate.Score(A, flops, (32, 32), {}, ""), metrics, grid, centers)
+
+
+def test_runs_of_one_setting_are_one_row_with_mean_and_deviation():
+    scores = {2: [61.0, 63.5, 60.0], 3: [64.0]}
+    runs = [made_up_run(f"k{k}-{s}", score, s, k=k) for k in scores for s, score in enumerate(scores[k])]
+    runs.append(made_up_run("dr", 58.25, variant="dr-a"))
+    header, *rows = evaluate.make_table(runs, published=True)
+    assert header == ["Method", "Backbone", "K", "mIoU", "GFLOPs", "Inter", "Intra", "Seeds"]
+    dr, two, three, *paper = rows
+    gflops = [run.result.flops["paper"].double().mean().item() / 1e9 for run in runs[:3]]
+    inter = [torch.dist(*run.centers).item() for run in runs[:3]]
+    assert two[:4] == ["DivDR-A", "Layer4, width 8", "2", f"{np.mean(scores[2]):.2f} ± {np.std(scores[2], ddof=1):.2f}"]
+    assert two[4] == f"{np.mean(gflops):.4f} ± {np.std(gflops, ddof=1):.4f}"
+    assert two[5] == f"{np.mean(inter):.2f} ± {np.std(inter, ddof=1):.2f}" and two[-1] == "3"
+    assert (dr[0], dr[3], three[2], three[3], three[-1]) == ("DR-A", "58.25", "3", "64.00", "1")
+    assert ["DivDR-A (paper, Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9", "–", "–", "–"] in paper
+    assert all(len(row) == len(header) for row in paper) and len(paper) == 11
+    box = evaluate.published_rows("detection", masks=False)
+    assert [row["box AP"] for row in box if (row["table"], row["Method"], row["K"]) == ("3", "DivDR-Raw", "4")] == ["38.1"]
+    latex = evaluate.render([header, *rows], "latex").splitlines()
+    assert latex[0] == r"\begin{tabular}{llrrrrrr}" and r"61.50 $\pm$ 1.80" in latex[5] and latex[5].endswith(r"\\")
+    markdown = evaluate.render([header, *rows], "markdown").splitlines()
+    assert set(markdown[1]) == set("|-: ") and markdown[1].count("--:") == 6 and len({len(line) for line in markdown}) == 1
+    (label, along), = evaluate.find_sweep(runs, "k")
+    assert [setting.runs[0].checkpoint["config"]["k"] for setting in along] == [2, 3] and label == "DivDR-A"
+    assert not evaluate.find_sweep(runs, "margin")
+    ax = evaluate.draw_ablations(runs, {"k": [(label, along)]}).axes[0]
+    assert ax.lines[0].get_ydata().tolist() == [np.mean(scores[2]), 64.0]
+    filled = [line for line in evaluate.draw_trade_off(runs, True).axes[0].lines if not line.get_label().startswith("_")]
+    assert [line.get_markerfacecolor() == "white" for line in filled] == [False] * 3 + [True] * 7
+    assert filled[1].get_xdata()[0] == pytest.approx(np.mean(gflops)) and filled[1].get_ydata()[0] == pytest.approx(np.mean(scores[2]))
+
+
+def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
+    run, reference = made_up_run("divdr", 60.0), made_up_run("dr", 58.0, seed=1, variant="dr-a")
+    assert run.metrics["images_per_expert"] == [3, 3, 0]
+    assert evaluate.average_router(run, [run, reference]) is reference
+    run.centers[0, 4] = 0.0  # keep of the second node of the first layer is closed
+    figure = evaluate.draw_routes(run, reference)
+    left = figure.axes[::2]
+    titles = [ax.get_title(loc="left") for ax in left]
+    assert [title.split(":")[0] for title in titles] == ["expert 0", "expert 1", "expert 2", "all 6 images", "DR-A, all images"]
+    assert "no image" in titles[2]
+    for ax, values in zip(left, [*run.centers, run.result.A.mean(0), reference.result.A.mean(0)]):
+        drawn = {}
+        lines = next(c for c in ax.collections if c.get_label() == "more")
+        for (start, end), width in zip(lines.get_segments(), lines.get_linewidths()):
+            drawn[tuple(start), tuple(end)] = width
+        expected = {}
+        for n, (layer, scale, _) in enumerate(run.grid):
+            for path, alpha in enumerate(values[3 * n : 3 * n + 3].tolist()):
+                if alpha > 1e-4:
+                    expected[(layer, scale), (layer + 1, scale + path - 1)] = 0.5 + 3.5 * alpha
+        assert drawn == pytest.approx(expected)
+        nodes = next(c for c in ax.collections if c.get_label() == "nodes")
+        assert nodes.get_offsets().tolist() == [[layer, scale] for layer, scale, _ in run.grid]
+    assert ((0, 1), (1, 1)) not in {tuple(map(tuple, s)) for s in left[0].collections[1].get_segments()}
+    ours, theirs = (next(c for c in figure.axes[1].collections if c.get_label() == name) for name in ("more", "less"))
+    difference = run.centers[0] - run.centers[1:].mean(0)
+    assert (len(ours.get_segments()), len(theirs.get_segments())) == ((difference > 0.02).sum(), (difference < -0.02).sum())
+
+
+def test_points_in_the_plane_are_the_images_and_the_centres(monkeypatch):
+    run = made_up_run("one", 60.0, images=1)  # too few for t-SNE
+    assert "PCA" in evaluate.draw_activation_space([run]).get_supxlabel()
+    run = made_up_run("many", 60.0, images=24)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # as where scikit-learn is not installed
+    figure = evaluate.draw_activation_space([run, made_up_run("other", 60.0, seed=1, images=24)])
+    assert "PCA" in figure.get_supxlabel() and len(figure.axes) == 3
+    x = torch.cat([run.result.A, run.centers]).double()
+    same, how = evaluate.embed(x)
+    values, vectors = np.linalg.eigh(np.cov(x.numpy().T))
+    by_hand = (x - x.mean(0)).numpy() @ vectors[:, [-1, -2]]
+    np.testing.assert_allclose(np.abs(same.numpy()), np.abs(by_hand), atol=1e-9)
+    assert f"{100 * values[-2:].sum() / values.sum():.0f} %" in how
+    monkeypatch.setattr(evaluate, "EMBEDDED", 20)
+    assert "20 of 48 images" in evaluate.draw_activation_space([run, run]).get_supxlabel()
+
+
+def test_figures_come_from_what_is_kept_beside_the_checkpoint(trained, monkeypatch, capsys):
+    folder, run_folder = trained
+    passes, figures = [], {}
+    original, save_figure = evaluate.evaluate_segmentation, evaluate.save_figure
+    monkeypatch.setattr(evaluate, "evaluate_segmentation", lambda *args: passes.append(1) or original(*args))
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.update({name: figure}))
+    monkeypatch.chdir(folder)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--workers", "0", "--device", "cpu"])
+        evaluate.main()
+        return len(passes)
+
+    checkpoint, copy = Path("runs/pair/last.pt"), Path("runs/copy/last.pt")
+    first = main(checkpoint) - 1  # alone: always anew
+    assert first == 0 and main(checkpoint, "--figures", "drawn") == first + 1
+    assert set(figures) == {"routes", "activations", "experts", "trade-off", "training", "predictions"}
+    assert main(checkpoint, "--markdown", "--split", "train") == main(checkpoint, "--markdown", "--split", "train") == first + 2
+    assert main(checkpoint, "--markdown") == first + 2
+    assert main(checkpoint, "--markdown", "--mean", 0.5, 0.5, 0.5) == first + 3
+    contents = torch.load(checkpoint, weights_only=True)
+    copy.parent.mkdir()
+    for name in ("last.val.activations", "log.jsonl"):
+        shutil.copy(checkpoint.with_name(name), copy.with_name(name))
+    torch.save(contents | {"iteration": 11}, copy)
+    capsys.readouterr()
+    assert main(checkpoint, copy) == first + 5  # what was kept is of another checkpoint, or of another --mean
+    out, error = capsys.readouterr()
+    assert "± 0.00" in out and out.rstrip().splitlines()[1].endswith("2") and "a seed comes twice" in error and "iteration 11 of 12" in error
+
+    with torch.no_grad():  # the nearest images, by hand
+        network, contents = model.load_checkpoint(checkpoint)
+        dataset = data.segmentation_dataset("camvid", "camvid", "val", train=False)
+        A = torch.cat([network(data.normalize(dataset[i][0][None])).A for i in range(12)])
+    distances, labels = torch.cdist(A, contents["centers"]).min(1)
+    axes = figures["experts"].axes
+    for k in range(2):
+        nearest = distances[labels == k].sort().values[:5]
+        shown = [title.split()[-1] for ax in axes[5 * k : 5 * k + 5] if (title := ax.get_title())]
+        assert [float(word) for word in shown] == pytest.approx(nearest.tolist(), abs=0.0051)
+    ticks = [line for line in figures["training"].axes[0].lines if line.get_marker() == "|"]
+    assert ticks[0].get_xdata().tolist() == [3, 6, 9, 12]
+    truth = torch.from_numpy(np.array(figures["predictions"].axes[1].images[0].get_array()))
+    assert (truth[:4] == 200).all() and truth.shape == (64, 96, 3)
+
+    monkeypatch.setattr(evaluate, "save_figure", save_figure)
+    main(checkpoint, "--image", "camvid/val/00.png", "--figures", "drawn")
+    written = Path("drawn/route-00.png.pdf").read_bytes()
+    assert b"/FontFile2" in written and b"/Type3" not in written and Path("drawn/route-00.png.png").stat().st_size > 1000
+    copy.with_name("log.jsonl").write_text("{}\n{}\n")
+    for arguments, word in ((["--figures", "drawn"], "log.jsonl"), ([checkpoint, "--image", "camvid/val"], "--image takes one")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(copy, *arguments)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_figures_of_one_image_with_objects(detected, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.update({name: figure}))
+    monkeypatch.chdir(detected)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/pair/last.pt", "--limit", "1", "--figures", "drawn", "--min-score", "0",
+                                      "--workers", "0", "--device", "cpu"])  # fmt: skip
+    evaluate.main()
+    assert {"routes", "activations", "experts", "training", "predictions"} <= set(figures)
+    image, truth, found = (np.array(ax.images[0].get_array()) for ax in figures["predictions"].axes)
+    dataset = data.detection_dataset("coco", "coco", "val", train=False, masks=True)
+    assert (image == dataset[0][0].permute(1, 2, 0).numpy()).all()
+    inside = dataset[0][1]["masks"].any(0).numpy()
+    assert (truth != image).any(-1)[inside].any() and truth.shape == found.shape == image.shape
