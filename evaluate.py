@@ -340,8 +340,8 @@ class Evaluated:
 
     @property
     def flops(self) -> Tensor:
-        """[N] multiply-adds as the papers' tables count them, of a static segmentation network exact ones."""
-        return self.result.flops[table_count(self.result.flops)]
+        """[N] multiply-adds of a routed network on each image at its own size, paper count."""
+        return self.result.flops["paper"]
 
 
 def as_alpha(A: Tensor, checkpoint: dict) -> Tensor:
@@ -481,7 +481,7 @@ def show(arguments: argparse.Namespace, model, checkpoint: dict, process: Proces
         print(f"{path}: {words} -> {target}")
         if arguments.figures and model.dim:
             alpha = as_alpha(out.A[0].cpu(), checkpoint)
-            figure = draw_image_route(image, grid_of(model), alpha, f"{path.name}: {words}")
+            figure = draw_image_route(image, grid_of(model), alpha, f"{path.name}\n{words}")
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
 
 
@@ -794,7 +794,8 @@ def grid_of(model) -> list[tuple[int, int, list[int]]]:
     return [(*place, node.paths) for place, node in zip(places, backbone.all_nodes()[1:])]
 
 
-def draw_grid(ax, grid: list, values: Tensor, color: str, least=OPEN, place=lambda layer, scale: (layer, scale), line=4.0) -> None:
+def draw_grid(ax, grid: list, values: Tensor, color: str, least=OPEN, place=lambda layer, scale: (layer, scale), line=4.0,
+              faint=FAINT) -> None:  # fmt: skip
     """Nodes and paths of the routing grid: lines as wide, and nodes as large, as `values` [D] in -1..1 are far from 0.
 
     What is below 0 is drawn in the second colour, and its paths dashed; what is within `least` of 0 stays faint. A node is
@@ -807,7 +808,7 @@ def draw_grid(ax, grid: list, values: Tensor, color: str, least=OPEN, place=lamb
     ends = [(place(*grid[n][:2]), place(grid[n][0] + 1, grid[n][1] + path - 1)) for n, path in paths]
     alpha = torch.stack([values[n, path] for n, path in paths])
     stem = [(place(-1, 0), place(0, s)) for s in (0, 1)]
-    ax.add_collection(LineCollection(stem + ends, colors=FAINT, linewidths=0.5, zorder=1))
+    ax.add_collection(LineCollection(stem + ends, colors=faint, linewidths=0.5, zorder=1))
     signs = {"more": (alpha > least, color, "-"), "less": (alpha < -least, COLORS[1], (0, (1.2, 0.8)))}
     for name, (chosen, shade, style) in signs.items():
         segments = [end for end, use in zip(ends, chosen.tolist()) if use]
@@ -818,7 +819,7 @@ def draw_grid(ax, grid: list, values: Tensor, color: str, least=OPEN, place=lamb
     x, y = zip(*(place(layer, scale) for layer, scale, _ in grid))
     diameters = 2 + 1.1 * line * largest.abs()  # points
     shades = [color if v > least else COLORS[1] if v < -least else "white" for v in largest.tolist()]
-    edges = ["black" if abs(v) > least else FAINT for v in largest.tolist()]
+    edges = ["black" if abs(v) > least else faint for v in largest.tolist()]
     ax.scatter(x, y, s=diameters.square().tolist(), c=shades, edgecolors=edges, linewidths=0.5, zorder=3, label="nodes")
     ax.scatter(*place(-1, 0), s=16, marker="s", c="white", edgecolors="0.5", linewidths=0.6, zorder=3)
 
@@ -890,21 +891,25 @@ def routes_legend(figure) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), handlelength=2.4)
 
 
+def to_rgb(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
 def draw_image_route(image: Tensor, grid: list, alpha: Tensor, title: str):
     """The route of one picture [3, H, W] over the picture itself, which is paled; alpha: [D]."""
     height, width = image.shape[-2:]
     layers, scales = grid[-1][0] + 1, 1 + max(scale for _, scale, _ in grid)
-    size = PAGE if width >= height else PAGE * width / height
-    figure = new_figure(max(size, 4), max(size, 4) * height / width + 0.3)
+    size = max(5 * min(1, width / height), 3.5)
+    figure = new_figure(size, size * height / width + 0.4)
     ax = figure.subplots()
-    pale = 0.45 * image.permute(1, 2, 0).numpy() / 255 + 0.55
+    pale = 0.4 * to_rgb(image) / 255 + 0.6
     ax.imshow(pale, extent=(0, width, height, 0))
     ax.axis("off")
 
     def place(layer, scale):
         return (layer + 1.7) / (layers + 2.2) * width, (scale + 0.5) / scales * height
 
-    draw_grid(ax, grid, alpha, COLORS[0], place=place, line=6.0)
+    draw_grid(ax, grid, alpha, COLORS[0], place=place, line=5.0, faint="0.55")
     for scale in range(scales):
         ax.text(*place(-1.3, scale), f"{4 * 2**scale}", ha="right", va="center", fontsize=8)
     ax.text(*place(-1.3, -0.35), "stride", ha="center", va="center", fontsize=8)
@@ -982,10 +987,6 @@ def draw_activation_space(runs: list[Evaluated]):
     return figure
 
 
-def to_rgb(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy()
-
-
 def draw_experts(run: Evaluated, model, dataset, process: Process, min_score: float):
     """Per expert, the five images nearest to its centre, under each what is predicted for it, its GFLOPs and its distance
     (figure 5 of the paper)."""
@@ -1012,7 +1013,8 @@ def draw_experts(run: Evaluated, model, dataset, process: Process, min_score: fl
         for ax, i in zip(axes[k], members[distances[members].argsort(stable=True)][:columns].tolist()):
             image = dataset[i][0]
             _, overlay = predict(model, run.checkpoint, process, image, 0.8, min_score, names=False)
-            ax.imshow(np.concatenate([to_rgb(image), to_rgb(overlay)]))
+            gap = np.full((max(1, image.shape[1] // 40), image.shape[2], 3), 255, np.uint8)
+            ax.imshow(np.concatenate([to_rgb(image), gap, to_rgb(overlay)]))
             ax.set_title(f"{run.flops[i].item() / 1e9:.3g} GFLOPs\ndistance {distances[i].item():.2f}", fontsize=7, y=0, pad=-3, va="top")
     return figure
 

@@ -1889,6 +1889,11 @@ def test_static_baseline_runs_through_the_same_loop(tmp_path, monkeypatch):
     evaluate.main()
     metrics = json.loads(Path("runs/static/metrics.json").read_text())
     assert list(metrics["gflops"]) == ["exact"] and "inter" not in metrics
+    figures = []  # without gates there are three
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.append(name))
+    monkeypatch.setattr(sys, "argv", sys.argv + ["--figures", "drawn", "--latex"])
+    evaluate.main()
+    assert figures == ["predictions", "training", "trade-off"]
 
 
 def test_batch_norm_is_reestimated_as_plain_averages():
