@@ -2570,5 +2570,5 @@ def test_figures_of_one_image_with_objects(detected, monkeypatch):
     image, truth, found = (np.array(ax.images[0].get_array()) for ax in figures["predictions"].axes)
     dataset = data.detection_dataset("coco", "coco", "val", train=False, masks=True)
     assert (image == dataset[0][0].permute(1, 2, 0).numpy()).all()
-    inside = dataset[0][1]["masks"].any(0).numpy()
-    assert (truth != image).any(-1)[inside].any() and truth.shape == found.shape == image.shape
+    inside = dataset[0][1]["masks"].bool().any(0).numpy()
+    assert (truth != image).any(-1)[inside].mean() > 0.9 and truth.shape == found.shape == image.shape
