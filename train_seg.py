@@ -313,9 +313,13 @@ class Experts:
         return {"probe": self.probe}
 
     def sense(self, momentum: float = 0.98) -> None:
-        """After the backward pass: how much the task loss depends on each gate. The other terms do not pass the probe."""
+        """After the backward pass: how much the task loss depends on each gate, the same on every process. The other terms
+        do not pass the probe."""
         if self.squares is not None:
-            self.squares.lerp_(self.probe.grad[:, 1:].flatten(1).square().mean(0), 1 - momentum)
+            squares = self.probe.grad[:, 1:].flatten(1).square().mean(0)
+            if dist.is_initialized():
+                dist.all_reduce(squares)  # the sum does: only ratios count
+            self.squares.lerp_(squares, 1 - momentum)
 
     def due(self, iteration: int) -> bool:
         late = iteration >= self.next_update or iteration == self.config.iters
@@ -348,10 +352,8 @@ class Experts:
         config, bank = self.config, self.bank
         if not bank.values.isfinite().all():  # on every process the same
             raise InputError(f"iteration {iteration}: gate activations are no longer finite; try a lower --lr")
-        if self.squares is not None:
-            squares = self.squares.to(bank.values, copy=True)
-            if dist.is_initialized():
-                dist.all_reduce(squares)
+        if self.squares is not None and self.squares.any():
+            squares = self.squares.to(bank.values)
             rms = squares[squares > 0].mean().sqrt()
             self.metric = (squares.sqrt() / rms).clamp(min=0.01)  # paths that do not exist have no gradient
         if self.subset is None:
