@@ -99,9 +99,10 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.predictor.bias)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        y = self.laterals[-1](features[-1])
-        for lateral, feature in zip(reversed(self.laterals[:-1]), reversed(features[:-1])):
-            y = lateral(F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False) + feature)
+        """Empties the list as it goes: beside the logits nothing else needs to be in memory."""
+        y = self.laterals[-1](features.pop())
+        for lateral in reversed(self.laterals[:-1]):
+            y = lateral(F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False) + features.pop())
         return F.interpolate(self.predictor(y), scale_factor=4, mode="bilinear", align_corners=False)
 
     def cost(self, height: int, width: int, count: str) -> int:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 UP, KEEP, DOWN = 0, 1, 2  # the order of a node's three entries in A; a path leads from scale s to scale s + path - 1
 OPEN = 1e-4  # a path is open where its alpha exceeds this, a node closed where its alphas sum to less
@@ -66,7 +67,7 @@ def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
 def conv_bn(c_in: int, c_out: int, relu: bool = True, **conv) -> list[nn.Module]:
     """Convolution without bias, batch norm and, unless told otherwise, ReLU."""
     layers = [nn.Conv2d(c_in, c_out, bias=False, **conv), nn.BatchNorm2d(c_out)]
-    return layers + [nn.ReLU()] if relu else layers
+    return layers + [nn.ReLU(inplace=True)] if relu else layers
 
 
 def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) -> list[nn.Module]:
@@ -94,7 +95,7 @@ class Cell(nn.Module):
         self.body = nn.Sequential(*separable_conv(channels, channels), *separable_conv(channels, channels, relu=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + x)
+        return self.body(x).add_(x).relu_()
 
 
 class Gate(nn.Module):
@@ -147,13 +148,13 @@ class Node(nn.Module):
             columns[path] = column
         return torch.stack(columns, 1)
 
-    def carry(self, path: int, h: Tensor) -> Tensor:
-        """The cell's output [B, C, h, w] as it arrives at the other end of `path`."""
-        if path == UP:
-            return F.interpolate(self.up(h), scale_factor=2, mode="bilinear", align_corners=False)
+    def carry(self, path: int, h: Tensor, weight: Tensor) -> Tensor:
+        """What arrives at the other end of `path`, up or down, of the cell's output [B, C, h, w], times `weight` [B, 1, 1, 1]."""
+        if path == UP:  # weighted while it is small
+            return F.interpolate(_weighted(self.up(h), weight), scale_factor=2, mode="bilinear", align_corners=False)
         # The stride of down is taken here: oneDNN's strided 1x1 convolution, in channels_last and with fewer than 8
         # channels, writes past its buffers (seen with torch 2.15 on a CPU).
-        return self.down(h[..., ::2, ::2]) if path == DOWN else h
+        return _weighted(self.down(h[..., ::2, ::2]), weight)
 
 
 class RoutedBackbone(nn.Module):
@@ -258,11 +259,10 @@ class RoutedBackbone(nn.Module):
         for s, (node, x) in enumerate(zip(layer, arrived)):
             h = node.cell(x)
             for path in node.paths:
-                y = node.carry(path, h) * weight[:, s, path]
-                if path == KEEP:  # a closed node delivers its input
-                    y = y + x * closed[:, s, None, None, None]
-                to = s + path - 1
-                following[to] = y if following[to] is None else following[to] + y
+                if path != KEEP:
+                    _add(following, s + path - 1, node.carry(path, h, weight[:, s, path]))
+            _add(following, s, _weighted(h, weight[:, s, KEEP]))
+            _add(following, s, _weighted(x, closed[:, s, None, None, None].to(x.dtype)))  # a closed node delivers its input
         return following, _reached_next(layer, reached, closed), logits, alpha
 
     def _skip_layer(self, layer, arrived, reached, forced):
@@ -272,8 +272,7 @@ class RoutedBackbone(nn.Module):
         logits = torch.zeros(batch, len(layer), 3, device=device, dtype=dtype)
         for s, node in enumerate(layer):
             if reached[:, s].any():
-                rows = _rows(reached[:, s], device)
-                logits[rows, s] = node.logits(arrived[s][rows])
+                logits[_rows(reached[:, s], device), s] = node.logits(_take(arrived[s], reached[:, s]))
         alpha = _alpha(logits, layer, reached.to(device, non_blocking=True), forced)
         host = alpha.detach().cpu()  # the layer's one sync: what runs next depends on these numbers
         opened, closed = host > OPEN, host.sum(-1) < OPEN
@@ -283,17 +282,18 @@ class RoutedBackbone(nn.Module):
             x, arrived[s] = arrived[s], None  # no later node needs it
             running = opened[:, s].any(-1)
             if running.any():
-                h = node.cell(x[_rows(running, device)])
-                for path in node.paths:
-                    if opened[:, s, path].any():
-                        rows = _rows(opened[:, s, path], device)
-                        y = node.carry(path, h[_rows(opened[running, s, path], device)])
-                        y = y * alpha[rows, s, path, None, None, None].to(y.dtype)
-                        _deliver(following, s + path - 1, y, rows, batch)
+                h = node.cell(_take(x, running))
+                for path in sorted(node.paths, key=KEEP.__eq__):  # keep last: it may write over h
+                    using = opened[:, s, path]
+                    if using.any():
+                        y = _take(h, using[running])
+                        weight = alpha[_rows(using, device), s, path, None, None, None].to(y.dtype)
+                        y = _weighted(y, weight) if path == KEEP else node.carry(path, y, weight)
+                        _add(following, s + path - 1, y, using)
+                h = y = None  # the largest of what is held
             passing = reached[:, s] & closed[:, s]  # a closed node delivers its input
             if passing.any():
-                rows = _rows(passing, device)
-                _deliver(following, s, x[rows], rows, batch)
+                _add(following, s, _take(x, passing), passing)
         for s, y in enumerate(following):  # a node may get nothing, or nothing but zeros from closed paths
             if y is None:
                 following[s] = x.new_zeros(batch, channels * 2**s, height // 2**s, width // 2**s)
@@ -370,13 +370,54 @@ def _rows(mask: Tensor, device) -> Tensor | slice:
     return slice(None) if mask.all() else mask.nonzero().flatten().to(device, non_blocking=True)
 
 
-def _deliver(following: list, to: int, y: Tensor, rows: Tensor | slice, batch: int) -> None:
-    """Adds y, which belongs to the images `rows`, to what node `to` of the next layer gets."""
-    if isinstance(rows, slice):
-        following[to] = y if following[to] is None else following[to] + y
-    else:
-        start = y.new_zeros(batch, *y.shape[1:]) if following[to] is None else following[to]
-        following[to] = start.index_add(0, rows, y)
+def _flat(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C·h·w], the same memory where x is channels_last: there images can be taken out and added up whole."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def _take(x: Tensor, images: Tensor) -> Tensor:
+    """The images [m, C, h, w] that a CPU mask [B] selects; nothing is copied for all of them."""
+    if images.all():
+        return x
+    _, C, h, w = x.shape
+    return _flat(x).index_select(0, _rows(images, x.device)).view(-1, h, w, C).permute(0, 3, 1, 2)
+
+
+def _weighted(y: Tensor, weight: Tensor) -> Tensor:
+    """y times `weight`; without gradients written over y, which then nothing else may need."""
+    return y * weight if torch.is_grad_enabled() else y.mul_(weight)
+
+
+def _add(following: list, to: int, y: Tensor, images: Tensor | None = None) -> None:
+    """Adds y to what node `to` of the next layer gets; without gradients in place. y belongs to the images that a CPU
+    mask [B] selects; None: to all."""
+    total = following[to]
+    if images is None or images.all():
+        into = None if torch.is_grad_enabled() else total
+        following[to] = y if total is None else torch.add(total, y, out=into)
+        return
+    if total is None:
+        shape = (len(images), *y.shape[1:])
+        total = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last).zero_()
+    _, C, h, w = total.shape
+    total = _flat(total)
+    into = None if torch.is_grad_enabled() else total
+    total = torch.index_add(total, 0, _rows(images, y.device), _flat(y), out=into)
+    following[to] = total.view(-1, h, w, C).permute(0, 3, 1, 2)
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """For inference: folds each batch norm into the convolution before it, throughout `network`, and returns that.
+
+    The outputs stay the same to rounding. It cannot be trained afterwards, and its state dict is another.
+    """
+    for sequence in network.modules():
+        if isinstance(sequence, nn.Sequential):
+            layers = list(sequence)
+            for i, (conv, norm) in enumerate(zip(layers[:-1], layers[1:])):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return network.requires_grad_(False)
 
 
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import copy
 import json
 import math
 import os
@@ -256,6 +257,29 @@ def test_logits_of_the_published_depth_agree_in_float32(gate):
     torch.testing.assert_close(skipped.A, masked.A, atol=1e-5, rtol=0)
     scale = masked.logits.abs().max().item()
     torch.testing.assert_close(skipped.logits / scale, masked.logits / scale, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_folding_batch_norm_and_the_published_way_of_computing_change_nothing():
+    torch.manual_seed(0)
+    network = model.build_model("divdr-a", "segmentation", 5, layers=5, width=8)
+    images = torch.randn(3, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    for _ in range(20):  # batch norms that have seen data
+        network.train()(images)
+    folded = routing.fuse(copy.deepcopy(network).eval())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    published = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
+    for skip in (True, False):
+        want, got = network.eval()(images, skip), folded(images, skip)
+        for a, b in zip(got[:3], want[:3]):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+        torch.testing.assert_close(flops.run_as_published(published, images), want.logits, rtol=1e-4, atol=1e-4)
+    for openness in (1.0, 0.5):
+        alpha, share = flops.mixed_routes(network.backbone, 3, 64, 96, openness)
+        assert share == pytest.approx(openness, abs=0.05)
+        for skip in (True, False):
+            got = folded.head(folded.backbone.route(images, skip, alpha)[0])
+            torch.testing.assert_close(got, flops.run_as_published(published, images, alpha), rtol=1e-4, atol=1e-4)
 
 
 def test_training_mode_closes_nodes_and_passes_gradients():

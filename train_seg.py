@@ -11,6 +11,7 @@ goes on with the same command and --resume.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -40,6 +41,7 @@ from model import (
     VARIANTS, InputError, Process, build_model, check_ranges, default_workers, initialize, leave_cores_to_loaders,
     one_line_errors, parse_settings, read_file, save_checkpoint, setting, start_process, variants_of,
 )  # fmt: skip
+from routing import fuse
 
 # What differs by data set: a flag that is not given takes its value from here.
 # lambda2, of the DivDR variants, is 0.2 in general; on CamVid and shapes 0.02 was measured to be better, see the README. On shapes
@@ -230,12 +232,12 @@ def evaluate_segmentation(model, loader, num_classes: int, process: Process, mea
         mean, std: normalisation of the images, per channel, on 0..1.
         save: called with (index, prediction uint8 [H, W]) for every image.
     """
-    model.eval()
+    network = fuse(copy.deepcopy(model).eval())
     confusion = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=process.device)  # last: pixels not labelled
     rows = []  # per batch: indices, A, and the cost by count
     for images, masks, index in tqdm(loader, "evaluating", disable=not process.first, leave=False):
         images, masks = images.to(process.device), masks.to(process.device)
-        out = model(data.normalize(images, mean, std))
+        out = network(data.normalize(images, mean, std))
         prediction = out.logits.argmax(1)
         pairs = torch.where(masks == data.IGNORE, num_classes**2, masks.long() * num_classes + prediction)
         confusion += torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
