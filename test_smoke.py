@@ -1774,6 +1774,21 @@ def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, mon
     assert checkpoint["iteration"] == at - 1 and all(p.isfinite().all() for p in network.parameters())
 
 
+def test_the_optimizer_leaves_out_a_step_that_is_flagged():
+    """What stands in for a sync on a GPU: `Run.check_step` sets the flag there."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    optimizer = train_seg.make_optimizer(network, train_seg.Config(lr=0.1))
+    for flag, moves in ((0.0, True), (1.0, False), (0.0, True)):
+        before = copy.deepcopy((network.state_dict(), [s["momentum_buffer"] for s in optimizer.state_dict()["state"].values()]))
+        for p in network.parameters():
+            p.grad = torch.full_like(p, torch.nan if flag else 1.0)
+        optimizer.found_inf = torch.tensor(flag)
+        optimizer.step()
+        after = (network.state_dict(), [s["momentum_buffer"] for s in optimizer.state_dict()["state"].values()])
+        assert torch.equal(before[0]["0.weight"], after[0]["0.weight"]) != moves
+        assert moves or all(torch.equal(a, b) for a, b in zip(before[1], after[1]))
+
+
 # ============ a run survives ============
 
 SHORT = ["--size", "32", "--subsets", "2", "--layers", "4", "--width", "4", "--iters", "12", "--warmup", "2", "--bn-batches", "2",

@@ -35,7 +35,7 @@ from model import (
 )  # fmt: skip
 from routing import Routes
 from train_seg import (
-    Experts, Run, RunConfig, distribute, launch, make_optimizer, mean_over_processes, recompute_activations,
+    Experts, Run, RunConfig, choose_precision, distribute, launch, make_optimizer, mean_over_processes, recompute_activations,
     reestimate_batch_norm, resolve, seed_iteration, warm_up,
 )  # fmt: skip
 
@@ -187,6 +187,7 @@ def train(config: Config, process: Process) -> Path:
     static = VARIANTS[config.variant].gate is None
     folder = Path(config.out) / config.name
     device = process.device
+    config = choose_precision(config, device)
     torch.manual_seed(config.seed)
     leave_cores_to_loaders(device, config.workers)
 
@@ -221,7 +222,7 @@ def train(config: Config, process: Process) -> Path:
     model = model.to(device)
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = distribute(model, process)
+    network = distribute(model, process, config.compile)
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
 
@@ -259,7 +260,8 @@ def train(config: Config, process: Process) -> Path:
         images, targets = to_device(images, targets, device)
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
-        out = network(images, targets, **experts.probes(len(images)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            out = network(images, targets, **experts.probes(len(images)))
         terms = {name.removeprefix("loss_"): term for name, term in out.losses.items()}  # L_task, as torchvision splits it
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
@@ -281,6 +283,7 @@ def train(config: Config, process: Process) -> Path:
         if model.dim:
             experts.bank.update(index, out.A)
             if experts.due(iteration):
+                run.settle()
                 if config.activations == "recompute":
                     once = data.pass_loader(
                         train_set, config.batch // process.world, config.workers, *ranks, wrap=True, seed=(config.seed, iteration))

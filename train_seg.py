@@ -11,6 +11,7 @@ goes on with the same command and --resume.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -132,6 +133,9 @@ class RunConfig:
     gate_space: str = setting("alpha", "method", "cluster gates after or before their non-linearity", choices=["alpha", "logit"])
     # system
     device: str | None = setting(None, "system", "cpu, cuda or mps; by default the best there is", type=str)
+    amp: bool | None = setting(
+        None, "system", "forward pass in bfloat16 (default: on GPUs that have it)", action=argparse.BooleanOptionalAction)
+    compile: bool = setting(False, "system", "compile the network first: minutes at the start, faster steps after")
     bn_batches: int | None = setting(
         None, "system", "training batches that batch norm is re-estimated on before evaluation", 1, type=int)
     eval_batch: int | None = setting(None, "system", "images at a time in evaluation", 1, type=int)
@@ -180,6 +184,14 @@ def resolve(config: RunConfig, recipes: dict[str, dict], world: int) -> RunConfi
     return config
 
 
+def choose_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """Fills in --amp; InputError where the device cannot."""
+    has = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.amp and not has:
+        raise InputError(f"--amp: {device} has no bfloat16; leave it out")
+    return dataclasses.replace(config, amp=has and device.type == "cuda") if config.amp is None else config
+
+
 def warm_up(config: RunConfig, step: int) -> float:
     """Factor of the learning rate: linear from 0.001 to 1 over the first `warmup` steps."""
     return 0.001 + 0.999 * (min(step / config.warmup, 1.0) if config.warmup else 1.0)
@@ -191,20 +203,21 @@ def learning_rate_factor(config: Config):
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
-    """SGD with momentum; weight decay for everything but norm layers."""
+    """SGD with momentum; weight decay for everything but norm layers. On CPU and CUDA fused: one pass over the weights."""
     norm, rest = [], []
     for module in model.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         (norm if is_norm else rest).extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     groups = [dict(params=rest, weight_decay=config.weight_decay), dict(params=norm, weight_decay=0.0)]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    fused = rest[0].device.type in ("cpu", "cuda")
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
 
 
-def distribute(model: nn.Module, process: Process) -> nn.Module:
+def distribute(model: nn.Module, process: Process, compile: bool = False) -> nn.Module:
     """The network to call in a training step: with several processes, one that averages gradients over them."""
-    if process.world == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
+    if process.world > 1:
+        model = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
+    return torch.compile(model) if compile else model
 
 
 @dataclass
@@ -398,6 +411,7 @@ def train(config: Config, process: Process) -> Path:
         raise InputError(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
     folder = Path(config.out) / config.name
     device = process.device
+    config = choose_precision(config, device)
     torch.manual_seed(config.seed)
     leave_cores_to_loaders(device, config.workers)
 
@@ -414,7 +428,7 @@ def train(config: Config, process: Process) -> Path:
     model = model.to(device)
     if process.world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = distribute(model, process)
+    network = distribute(model, process, config.compile)
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
 
@@ -456,8 +470,9 @@ def train(config: Config, process: Process) -> Path:
         images, masks = data.normalize(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True).long()
 
         # (1) a step on theta: L = L_task + lambda1 L_cost + lambda2 L_clustering, centres fixed (eq. 3)
-        out = network(images, **experts.probes(len(images)))
-        terms = {"task": segmentation_loss(out.logits, masks, process)}
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            out = network(images, **experts.probes(len(images)))
+        terms = {"task": segmentation_loss(out.logits.float(), masks, process)}
         if config.lambda1:
             ramp = losses.budget_ramp((iteration - 1) / config.iters)
             total = model.budgeted_cost(*images.shape[-2:])
@@ -479,6 +494,7 @@ def train(config: Config, process: Process) -> Path:
         if model.dim:
             experts.bank.update(index, out.A)
             if experts.due(iteration):
+                run.settle()
                 if config.activations == "recompute":
                     once = data.pass_loader(
                         train_set, config.batch // process.world, config.workers, *ranks, wrap=True, seed=(config.seed, iteration))
@@ -555,6 +571,7 @@ class Run:
         self.health = {}  # of the clustering
         self.started, self.steps = time.perf_counter(), 0
         self.stop_agreed, self._signal, self._signalled = False, 0, 0.0
+        self.unread = None  # what `check_step` found in the last step, on its way from the GPU
         signal.signal(signal.SIGTERM, self._note_signal)
         signal.signal(signal.SIGINT, self._note_signal)
         saved = self._on_first(self._find_saved)
@@ -639,7 +656,10 @@ class Run:
                     raise InputError(f"--{flag} {now.get(key)}: {self.folder} was started with {value}; repeat that, or choose another --name")
             self.model.load_state_dict(saved["weights"])
             self.experts.load_state(saved)
+            fused = self.optimizer.defaults["fused"]
             self.optimizer.load_state_dict(saved["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = fused  # of this device, not of the one that it was saved on
             self.schedule.load_state_dict(saved["schedule"])
             self.iteration, self.evaluation_due, self.best = saved["iteration"], saved["evaluation_due"], saved["best"]
             self.sums = {name: (total.to(self.process.device), steps) for name, (total, steps) in saved["log"]["sums"].items()}
@@ -652,6 +672,7 @@ class Run:
 
     def save(self, iteration: int, evaluation_due: bool) -> None:
         """Writes last.pt, from which the run can go on. Raises Stopped if a signal came."""
+        self.settle()
         self.iteration = iteration
         if self.process.world > 1 and self.sums:  # each process goes on from the mean, as it would from the checkpoint
             totals = torch.stack([total for total, _ in self.sums.values()])
@@ -683,16 +704,37 @@ class Run:
     def check_step(self, iteration: int, terms: dict[str, Tensor], gradient_norm: Tensor, dataset, index: Tensor) -> None:
         """InputError, on all processes, before a step that would spoil the weights; and agrees on whether to stop.
 
-        The one sync of a step: a spoilt run costs more.
+        On a GPU nothing waits: the optimizer leaves out a step that is not finite, by a flag that stays on the device,
+        and the flag is read, and the error raised, after the next step was queued, or before anything is kept.
         """
         terms = {f"loss {name}": term.detach() for name, term in terms.items()} | {"the gradient's norm": gradient_norm}
         values = torch.stack([value.float() for value in terms.values()])
-        flags = torch.stack([~values.isfinite().all(), torch.tensor(self._signal > 0, device=values.device)]).int()
+        signalled = torch.full((), self._signal > 0, device=values.device)
+        flags = torch.stack([~values.isfinite().all(), signalled]).float()
         if self.process.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken, self.stop_agreed = map(bool, flags.tolist())
+        found = (iteration, list(terms), dataset, index)
+        if not self.optimizer.defaults["fused"] or values.device.type != "cuda":
+            return self._judge(torch.cat([flags, values]).tolist(), *found)
+        self.optimizer.found_inf = flags[0]
+        on_host = torch.cat([flags, values]).to("cpu", non_blocking=True)  # into pinned memory
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self.settle()
+        self.unread = (arrived, on_host, *found)
+
+    def settle(self) -> None:
+        """Reads what the last step's check found, if that is still to be done."""
+        if self.unread is not None:
+            (arrived, on_host, *found), self.unread = self.unread, None
+            arrived.synchronize()
+            self._judge(on_host.tolist(), *found)
+
+    def _judge(self, numbers: list[float], iteration: int, names: list[str], dataset, index: Tensor) -> None:
+        broken, signalled, *values = numbers
+        self.stop_agreed = signalled > 0
         if broken:
-            names = [f"{name} is {value}" for name, value in zip(terms, values.tolist()) if not math.isfinite(value)]
+            names = [f"{name} is {value}" for name, value in zip(names, values) if not math.isfinite(value)]
             images = ", ".join(dataset.image_name(i) for i in index.tolist())
             what = f"{', '.join(names)} on {images}" if names else "another process's loss is not finite"
             saved = f"; {self.folder}/last.pt is from before" if self.saved_in(self.folder) else ""
@@ -723,6 +765,7 @@ class Run:
         self.steps += 1
         if iteration % self.config.log_every and iteration != self.config.iters:
             return
+        self.settle()
         # Real and expected cost in one count: stem, gates and head, and of cells and paths what is open, or alpha's share.
         model = self.model
         parts = {part: cost.double().mean() for part, cost in model.real_cost(out.routes, *size, model.counts[0]).items()}
