@@ -1,8 +1,8 @@
 """The test suite: `python -m pytest -q test_smoke.py`, a few minutes on two cores."""
 
 import contextlib
-import io
 import copy
+import io
 import json
 import math
 import os
