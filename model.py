@@ -103,7 +103,8 @@ class SegmentationHead(nn.Module):
         y = self.laterals[-1](features.pop())
         for lateral in reversed(self.laterals[:-1]):
             y = lateral(F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False) + features.pop())
-        return F.interpolate(self.predictor(y), scale_factor=4, mode="bilinear", align_corners=False)
+        y = self.predictor(y)
+        return F.interpolate(y, scale_factor=4, mode="bilinear", align_corners=False)
 
     def cost(self, height: int, width: int, count: str) -> int:
         """Multiply-adds; for `count` see `RoutedBackbone.costs`. The paper count takes a map of H/4 x H/4."""

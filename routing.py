@@ -24,6 +24,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 UP, KEEP, DOWN = 0, 1, 2  # the order of a node's three entries in A; a path leads from scale s to scale s + path - 1
 OPEN = 1e-4  # a path is open where its alpha exceeds this, a node closed where its alphas sum to less
+STRIP = 32  # output rows of the stem worked on at a time in inference
+ALONE = 2**18  # numbers in an image's finest map from which on a CPU runs images one by one: no batch to gather
 
 
 class Routes(NamedTuple):
@@ -77,7 +79,11 @@ def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) ->
 
 
 class Stem(nn.Sequential):
-    """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution has no padding: 256 -> 127 -> 127 -> 64."""
+    """[B, 3, H, W] -> [B, width, H/4, W/4], H and W multiples of 4. The first convolution has no padding: 256 -> 127 -> 127 -> 64.
+
+    Without gradients, in evaluation, it works on strips of `STRIP` output rows: its maps at half the image's size are the
+    largest of the network, too large for a cache.
+    """
 
     def __init__(self, width: int):
         super().__init__(
@@ -85,6 +91,19 @@ class Stem(nn.Sequential):
             *separable_conv(width, width),
             *separable_conv(width, width, stride=2),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, out = x.shape[-2] // 4, None
+        if self.training or torch.is_grad_enabled() or rows <= STRIP:
+            return super().forward(x)
+        for first in range(0, rows, STRIP):
+            end = min(first + STRIP, rows)
+            above = min(first, 1)  # a row above and three pixels below are seen too; what padding made of them is left out
+            strip = super().forward(x[..., 4 * (first - above) : 4 * end + 3, :])[..., above : above + end - first, :]
+            if out is None:
+                out = _empty((len(x), strip.shape[1], rows, strip.shape[3]), like=strip)
+            out[..., first:end, :] = strip
+        return out
 
 
 class Cell(nn.Module):
@@ -119,7 +138,7 @@ class Gate(nn.Module):
                 size = [max(n // 4, 1) for n in x.shape[-2:]]
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         x = F.adaptive_avg_pool2d(self.features(x), 1)
-        return self.decide(x).flatten(1)
+        return F.linear(x.flatten(1), self.decide.weight.flatten(1), self.decide.bias)  # a convolution costs more
 
 
 class Node(nn.Module):
@@ -153,8 +172,9 @@ class Node(nn.Module):
         if path == UP:  # weighted while it is small
             return F.interpolate(_weighted(self.up(h), weight), scale_factor=2, mode="bilinear", align_corners=False)
         # The stride of down is taken here: oneDNN's strided 1x1 convolution, in channels_last and with fewer than 8
-        # channels, writes past its buffers (seen with torch 2.15 on a CPU).
-        return _weighted(self.down(h[..., ::2, ::2]), weight)
+        # channels, writes past its buffers (seen with torch 2.15 on a CPU). Pooling 1x1, unlike h[..., ::2, ::2], has
+        # gradients in channels_last.
+        return _weighted(self.down(F.avg_pool2d(h, 1, stride=2)), weight)
 
 
 class RoutedBackbone(nn.Module):
@@ -229,14 +249,20 @@ class RoutedBackbone(nn.Module):
         skip = not self.training if skip is None else skip
         if skip and probe is not None:
             raise ValueError("a probe needs skip=False: closed paths are not run")
-        run_layer = self._skip_layer if skip else self._mask_layer
+        if skip and len(x) > 1 and x.device.type == "cpu" and self.width * x.shape[-2] * x.shape[-1] // 16 >= ALONE:
+            alphas = [None] * len(x) if alpha is None else alpha.split(1)
+            features, routes = zip(*(self._run(*image, skip) for image in zip(x.split(1), alphas)))
+            return [torch.cat(f) for f in zip(*features)], Routes(*(torch.cat(parts) for parts in zip(*routes)))
+        return self._run(x, alpha, skip, probe)
+
+    def _run(self, x, alpha, skip, probe=None):
         arrived = [self.stem(x)]
         reached = torch.ones(len(x), 1, dtype=torch.bool, device="cpu" if skip else x.device)
         decided, first = [], 0
         for layer in [[self.init], *self.layers]:
-            forced = None if alpha is None else alpha[:, first : first + len(layer)]
-            probed = {} if probe is None else {"probe": probe[:, first : first + len(layer)]}
-            arrived, reached_next, logits, activations = run_layer(layer, arrived, reached, forced, **probed)
+            forced, probed = (None if given is None else given[:, first : first + len(layer)] for given in (alpha, probe))
+            ran = self._skip_layer(layer, arrived, reached, forced) if skip else self._mask_layer(layer, arrived, reached, forced, probed)
+            arrived, reached_next, logits, activations = ran
             decided.append(Routes(logits, activations, reached.to(x.device, non_blocking=True)))
             reached, first = reached_next, first + len(layer)
         return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
@@ -261,42 +287,44 @@ class RoutedBackbone(nn.Module):
             for path in node.paths:
                 if path != KEEP:
                     _add(following, s + path - 1, node.carry(path, h, weight[:, s, path]))
-            _add(following, s, _weighted(h, weight[:, s, KEEP]))
-            _add(following, s, _weighted(x, closed[:, s, None, None, None].to(x.dtype)))  # a closed node delivers its input
+            _add(following, s, h, weight[:, s, KEEP])
+            _add(following, s, x, closed[:, s, None, None, None].to(x.dtype))  # a closed node delivers its input
         return following, _reached_next(layer, reached, closed), logits, alpha
 
     def _skip_layer(self, layer, arrived, reached, forced):
         """Only what is open runs, each node and path for its own images: gather, run, scatter."""
-        batch, device, (channels, height, width) = len(reached), arrived[0].device, arrived[0].shape[1:]
+        batch, device = len(reached), arrived[0].device
         dtype = torch.promote_types(arrived[0].dtype, torch.float32)
         logits = torch.zeros(batch, len(layer), 3, device=device, dtype=dtype)
+        arriving = [reached[:, s].nonzero().flatten().tolist() for s in range(len(layer))]
         for s, node in enumerate(layer):
-            if reached[:, s].any():
-                logits[_rows(reached[:, s], device), s] = node.logits(_take(arrived[s], reached[:, s]))
+            if arriving[s]:
+                logits[_index(arriving[s], logits), s] = node.logits(_take(arrived[s], arriving[s]))
         alpha = _alpha(logits, layer, reached.to(device, non_blocking=True), forced)
         host = alpha.detach().cpu()  # the layer's one sync: what runs next depends on these numbers
-        opened, closed = host > OPEN, host.sum(-1) < OPEN
+        closed, opened = host.sum(-1) < OPEN, (host > OPEN).tolist()
 
         following: list = [None] * _count_targets(layer)
+        _, channels, height, width = arrived[0].shape
         for s, node in enumerate(layer):
             x, arrived[s] = arrived[s], None  # no later node needs it
-            running = opened[:, s].any(-1)
-            if running.any():
+            running = [image for image in arriving[s] if any(opened[image][s])]
+            passing = [image for image in arriving[s] if closed[image, s]]
+            if running:
                 h = node.cell(_take(x, running))
                 for path in sorted(node.paths, key=KEEP.__eq__):  # keep last: it may write over h
-                    using = opened[:, s, path]
-                    if using.any():
-                        y = _take(h, using[running])
-                        weight = alpha[_rows(using, device), s, path, None, None, None].to(y.dtype)
+                    using = [i for i, image in enumerate(running) if opened[image][s][path]]  # rows of h
+                    if using:
+                        images, y = [running[i] for i in using], _take(h, using)
+                        weight = alpha[_index(images, alpha), s, path, None, None, None].to(y.dtype)
                         y = _weighted(y, weight) if path == KEEP else node.carry(path, y, weight)
-                        _add(following, s + path - 1, y, using)
+                        _scatter(following, s + path - 1, y, images, batch)
                 h = y = None  # the largest of what is held
-            passing = reached[:, s] & closed[:, s]  # a closed node delivers its input
-            if passing.any():
-                _add(following, s, _take(x, passing), passing)
+            if passing:  # a closed node delivers its input
+                _scatter(following, s, _take(x, passing), passing, batch)
         for s, y in enumerate(following):  # a node may get nothing, or nothing but zeros from closed paths
             if y is None:
-                following[s] = x.new_zeros(batch, channels * 2**s, height // 2**s, width // 2**s)
+                following[s] = _empty((batch, channels * 2**s, height // 2**s, width // 2**s), like=x).zero_()
         return following, _reached_next(layer, reached, closed), logits, alpha
 
     def costs(self, height: int, width: int, count: str = "paper") -> Costs:
@@ -365,9 +393,14 @@ def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
     return following
 
 
-def _rows(mask: Tensor, device) -> Tensor | slice:
-    """The images that a CPU mask [B] selects, as an index; all of them as a slice, which copies nothing."""
-    return slice(None) if mask.all() else mask.nonzero().flatten().to(device, non_blocking=True)
+def _empty(shape, like: Tensor) -> Tensor:
+    """A new map [B, C, h, w] in channels_last."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _index(images: list[int], rows_of: Tensor) -> Tensor | slice:
+    """What takes `images` out of a tensor [B, …]; all of them: a slice, which copies nothing."""
+    return slice(None) if len(images) == len(rows_of) else torch.tensor(images).to(rows_of.device, non_blocking=True)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -375,12 +408,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
-def _take(x: Tensor, images: Tensor) -> Tensor:
-    """The images [m, C, h, w] that a CPU mask [B] selects; nothing is copied for all of them."""
-    if images.all():
+def _take(x: Tensor, images: list[int]) -> Tensor:
+    """Some images [m, C, h, w] of x [B, C, h, w]; nothing is copied for all of them."""
+    if len(images) == len(x):
         return x
     _, C, h, w = x.shape
-    return _flat(x).index_select(0, _rows(images, x.device)).view(-1, h, w, C).permute(0, 3, 1, 2)
+    return _flat(x).index_select(0, _index(images, x)).view(-1, h, w, C).permute(0, 3, 1, 2)
 
 
 def _weighted(y: Tensor, weight: Tensor) -> Tensor:
@@ -388,21 +421,24 @@ def _weighted(y: Tensor, weight: Tensor) -> Tensor:
     return y * weight if torch.is_grad_enabled() else y.mul_(weight)
 
 
-def _add(following: list, to: int, y: Tensor, images: Tensor | None = None) -> None:
-    """Adds y to what node `to` of the next layer gets; without gradients in place. y belongs to the images that a CPU
-    mask [B] selects; None: to all."""
+def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> None:
+    """Adds y, or y times `weight`, to what node `to` of the next layer gets; without gradients in place."""
     total = following[to]
-    if images is None or images.all():
-        into = None if torch.is_grad_enabled() else total
-        following[to] = y if total is None else torch.add(total, y, out=into)
-        return
-    if total is None:
-        shape = (len(images), *y.shape[1:])
-        total = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last).zero_()
-    _, C, h, w = total.shape
-    total = _flat(total)
     into = None if torch.is_grad_enabled() else total
-    total = torch.index_add(total, 0, _rows(images, y.device), _flat(y), out=into)
+    if total is None:
+        following[to] = y if weight is None else _weighted(y, weight)
+    else:
+        following[to] = torch.add(total, y, out=into) if weight is None else torch.addcmul(total, y, weight, out=into)
+
+
+def _scatter(following: list, to: int, y: Tensor, images: list[int], batch: int) -> None:
+    """`_add` for y [m, C, h, w] of some images of a batch."""
+    if len(images) == batch:
+        return _add(following, to, y)
+    _, C, h, w = y.shape
+    total = _flat(_empty((batch, C, h, w), like=y).zero_() if following[to] is None else following[to])
+    into = None if torch.is_grad_enabled() else total
+    total = torch.index_add(total, 0, _index(images, total), _flat(y), out=into)
     following[to] = total.view(-1, h, w, C).permute(0, 3, 1, 2)
 
 
