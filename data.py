@@ -14,19 +14,27 @@ Images stay uint8 until they are on the device: a quarter of the memory and of t
 index in the data set, by which the activation bank and the reports know it. Whatever is wrong with the files is a
 `DataError`, one line that names the file and says what to do. Needs torch, torchvision, NumPy and Pillow only, and
 pycocotools for detection.
+
+    python data.py                             # images per second and worker, beside torchvision's reference pipelines
+    python data.py --dataset cityscapes --data data/cityscapes
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import contextlib
 import glob
 import io
 import itertools
+import json
 import math
 import os
 import signal
+import statistics
+import tempfile
 import threading
+import time
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +42,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
@@ -146,11 +155,49 @@ def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: 
     the crop is padded, with 0 in the image and IGNORE in the mask. Draws from torch's global random state.
     """
     steps = []
-    if short_sides:
+    if short_sides and crop:
+        steps.append(ShortestSizeCrop(short_sides, crop))
+    elif short_sides:
         steps.append(v2.RandomShortestSize(list(short_sides), antialias=True))
-    if crop:
-        steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}))
+    elif crop:
+        steps.append(random_crop(crop))
     return v2.Compose([*steps, v2.RandomHorizontalFlip(), *(photometric() if jitter else [])])
+
+
+def random_crop(side: int) -> v2.RandomCrop:
+    """A square crop; what is outside the image is 0, and IGNORE in the mask."""
+    return v2.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
+
+
+class ShortestSizeCrop(torch.nn.Module):
+    """`v2.RandomShortestSize` and `random_crop` after it, with the same draws and, to rounding, the same result; but only
+    the part of the image that the crop shows is resized."""
+
+    def __init__(self, short_sides: tuple[int, ...], side: int):
+        super().__init__()
+        self.short_sides, self.side = short_sides, side
+
+    def forward(self, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        old = images[0].shape[-2:]
+        short = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+        new = [int(length * (short / min(old))) for length in old]
+        if min(new) < self.side:
+            return random_crop(self.side)(*(v2.functional.resize(image, new) for image in images))
+        first = [int(torch.randint(0, n - self.side + 1, size=(1,))) if n > self.side else 0 for n in new]
+        parts = [self._part(*axis) for axis in zip(first, old, new)]
+        size, (top, left) = [length for _, length, _ in parts], [offset for _, _, offset in parts]
+        seen = [image[..., parts[0][0], parts[1][0]] for image in images]
+        seen = [tv_tensors.wrap(part, like=image) for part, image in zip(seen, images)]
+        return tuple(v2.functional.crop(v2.functional.resize(part, size), top, left, self.side, self.side) for part in seen)
+
+    def _part(self, first: int, old: int, new: int) -> tuple[slice, int, int]:
+        """Along one axis, resized from `old` to `new` pixels, for `side` of the new from `first` on: which of the old
+        are needed, how many they become, and how many of these come before `first`."""
+        scale, grid = old / new, new // math.gcd(old, new)  # on multiples of `grid` old and new pixels begin together
+        margin = math.ceil(1 + max(1, 1 / scale) + 1 / scale)  # new pixels, beyond the reach of the filter
+        start = max(first - margin, 0) // grid * grid
+        end = min(-(-(first + self.side + margin) // grid) * grid, new)
+        return slice(start * old // new, end * old // new), end - start, first - start
 
 
 def photometric() -> list[v2.Transform]:
@@ -822,3 +869,117 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
 def normalize(images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> torch.Tensor:
     """uint8 [..., 3, H, W] to float32 with `mean` taken off and `std` divided by, both on 0..1; on the same device."""
     return v2.functional.normalize(as_float(images), list(mean), list(std))
+
+
+# ============ how fast it is ============
+
+
+def _write_cityscapes(root: str, images: int) -> None:
+    """Made-up pictures in the layout and size of Cityscapes, and as hard to compress: 1024 x 2048, PNGs of 2 to 3 MB."""
+    scenes, rng = ShapesDataset("train"), np.random.default_rng(0)
+    for part, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        os.makedirs(os.path.join(root, part, "train", "made_up"))
+    for i in range(images):
+        image, mask, _ = scenes[i]
+        image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((2048, 1024), Image.Resampling.BICUBIC)
+        image = np.clip(np.asarray(image).astype(int) + rng.integers(-2, 3, (1024, 2048, 3)), 0, 255).astype(np.uint8)
+        mask = Image.fromarray(mask.numpy() + 7).resize((2048, 1024), Image.Resampling.NEAREST)  # ids of road and after
+        Image.fromarray(image).save(os.path.join(root, "leftImg8bit", "train", "made_up", f"{i}_leftImg8bit.png"))
+        mask.save(os.path.join(root, "gtFine", "train", "made_up", f"{i}_gtFine_labelIds.png"))
+
+
+def _write_coco(root: str, images: int) -> None:
+    """Made-up pictures in the layout and size of COCO 2017: JPEGs of 480 x 640 with seven polygons each."""
+    scenes, rng = ShapesDataset("train"), np.random.default_rng(0)
+    json_path, folder = (os.path.join(root, part) for part in COCO_LAYOUT["train"])
+    os.makedirs(folder), os.makedirs(os.path.dirname(json_path))
+    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "blob"}]}
+    for i in range(images):
+        image = Image.fromarray(scenes[i][0].permute(1, 2, 0).numpy()).resize((640, 480), Image.Resampling.BICUBIC)
+        image = np.clip(np.asarray(image).astype(int) + rng.integers(-9, 10, (480, 640, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(os.path.join(folder, f"{i}.jpg"), quality=90)
+        truth["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640})
+        for x, y in rng.uniform((100, 100), (540, 380), (7, 2)):
+            angle = np.linspace(0, 2 * np.pi, 30, endpoint=False)
+            corners = np.stack([x + 90 * np.cos(angle), y + 60 * np.sin(angle)], 1) + rng.uniform(-5, 5, (30, 2))
+            (left, top), (width, height) = corners.min(0).tolist(), np.ptp(corners, axis=0).tolist()
+            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": i, "category_id": 1, "iscrowd": 0,
+                                         "area": width * height, "bbox": [left, top, width, height],
+                                         "segmentation": [corners.flatten().tolist()]})  # fmt: skip
+    with open(json_path, "w") as file:
+        json.dump(truth, file)
+
+
+def _segmentation_contenders(root: str) -> dict:
+    """What one worker does for an image: name -> a function of its index."""
+    dataset = segmentation_dataset("cityscapes", root, "train", train=True)
+    info = dataset.info
+    # references/segmentation/presets.py of torchvision, on PIL images, at the sizes of this data set
+    reference = v2.Compose([
+        v2.RandomShortestSize(list(info.short_sides), antialias=True), v2.RandomHorizontalFlip(),
+        random_crop(info.crop), v2.PILToTensor(),
+        v2.ToDtype({torch.Tensor: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
+        v2.Normalize(MEAN, STD), v2.ToPureTensor()])  # fmt: skip
+
+    def referred(index: int):
+        image, label = (Image.open(path) for path in dataset.pairs[index])
+        return reference(image.convert("RGB"), tv_tensors.Mask(label))
+
+    return {"torchvision's reference": referred, "data.py": dataset.__getitem__,
+            "decoding alone": lambda index: [read_image(path, mode=None) for path in dataset.pairs[index]]}  # fmt: skip
+
+
+def _detection_contenders(root: str) -> dict:
+    dataset = detection_dataset("coco", root, "train", train=True, masks=True)
+    # references/detection/presets.py of torchvision, "hflip", on PIL images
+    reference = v2.Compose([
+        v2.RandomHorizontalFlip(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+        v2.ConvertBoundingBoxFormat("XYXY"), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = datasets.CocoDetection(dataset.root, dataset.json, transforms=reference)
+    theirs.ids = dataset.ids
+    theirs = datasets.wrap_dataset_for_transforms_v2(theirs, target_keys=("boxes", "labels", "masks"))
+    return {"torchvision's reference": theirs.__getitem__, "data.py": dataset.__getitem__,
+            "decoding alone": lambda index: read_image(os.path.join(dataset.root, dataset.image_name(index)))}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=["cityscapes", "coco"], help="which (default: both)")
+    parser.add_argument("--data", help="its folder (default: made-up pictures of the same size, in a temporary folder)")
+    parser.add_argument("--images", type=int, default=16, help="images in a run (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, in turns (default: %(default)s)")
+    arguments = parser.parse_args()
+    if min(arguments.images, arguments.runs) < 1:
+        parser.exit(2, "data.py: --images and --runs must be at least 1\n")
+    if arguments.data and not arguments.dataset:
+        parser.exit(2, "data.py: --data: say with --dataset what lies there\n")
+    torch.set_num_threads(1)  # as in a worker
+    print(f"one worker, {arguments.images} images a run; torch {torch.__version__}, torchvision {torchvision.__version__}")
+    print(f"{'data':12}{'':25}{'images/s':>10}{'min':>9}{'max':>9}{'ratio':>8}")
+    for name in [arguments.dataset] if arguments.dataset else ["cityscapes", "coco"]:
+        write, contend = {"cityscapes": (_write_cityscapes, _segmentation_contenders),
+                          "coco": (_write_coco, _detection_contenders)}[name]  # fmt: skip
+        with tempfile.TemporaryDirectory() as made_up:
+            try:
+                if not arguments.data:
+                    write(made_up, arguments.images)
+                contenders = contend(arguments.data or made_up)
+                rates = {one: [] for one in contenders}
+                for run in range(arguments.runs + 1):  # the first warms up, and reads the files into memory
+                    for one, get in contenders.items():
+                        torch.manual_seed(run)
+                        start = time.perf_counter()
+                        for index in range(arguments.images):
+                            get(index)
+                        rates[one] += [arguments.images / (time.perf_counter() - start)] * (run > 0)
+            except (DataError, OSError, IndexError) as error:
+                parser.exit(2, f"data.py: {error}\n")
+        first = statistics.median(next(iter(rates.values())))
+        for one, rate in rates.items():
+            median = statistics.median(rate)
+            print(f"{name:12}{one:25}{median:10.1f}{min(rate):9.1f}{max(rate):9.1f}{median / first:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
