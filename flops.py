@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kmeans import ActivationBank
 from model import VARIANTS, InputError, OneLineParser, build_model, one_line_errors, start_process
 from routing import DOWN, KEEP, OPEN, UP, RoutedBackbone, fuse
 
@@ -95,7 +96,7 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
     None: the gates decide, and reach every node.
     """
     backbone, row = model.backbone, 0
-    arrived = [backbone.stem(images)]
+    arrived = [nn.Sequential.forward(backbone.stem, images)]  # whole, not in strips
     for layer in [[backbone.init], *backbone.layers]:
         following: dict[int, Tensor] = {}
         for s, (node, x) in enumerate(zip(layer, arrived)):
@@ -231,6 +232,25 @@ def training_contenders(model: nn.Module, images: Tensor, amp: bool, compiled: b
     return contenders
 
 
+def alternation_seconds(model: nn.Module, images: Tensor, samples: int, runs: int, every: int = 50, k: int = 3) -> dict[str, float]:
+    """What K-means every `every` steps adds to each of them with a training set of `samples` images: median seconds by
+    what K-means sees. The activations are noise, on which K-means takes longer than on any that have clusters."""
+    bank = ActivationBank(samples, model.dim, images.device)
+    bank.values.uniform_(generator=torch.Generator(images.device).manual_seed(0))
+    bank.seen.fill_(True)
+    A, index, passes = bank.values[: len(images)].clone(), torch.arange(len(images)), samples / len(images)
+    centers = bank.cluster(k).centers
+
+    @torch.no_grad()
+    def see_batch():
+        model(images)
+
+    parts = {"update": lambda: bank.update(index, A), "K-means": lambda: bank.cluster(k, centers), "batch": see_batch}
+    seconds = {name: statistics.median(times) for name, times in seconds_of(parts, runs, images.device).items()}
+    return {"bank": seconds["update"] + seconds["K-means"] / every,
+            "recompute": (seconds["K-means"] + passes * (seconds["batch"] + seconds["update"])) / every}  # fmt: skip
+
+
 def print_speed(arguments: argparse.Namespace) -> None:
     device = start_process(arguments.device).device
     torch.manual_seed(0)
@@ -266,6 +286,11 @@ def print_speed(arguments: argparse.Namespace) -> None:
             difference = ((outputs[name] - reference).abs().max() / reference.abs().max()).item() if name in outputs else None
             print(f"{batch:5}  {name:24}{median:10.3f}{min(times):9.3f}{max(times):9.3f}{median / first:8.2f}{peaks[name] / 2**20:10.0f}"
                   + ("" if difference is None else f"{difference:12.1e}"))  # fmt: skip
+        if arguments.train:
+            step = statistics.median(times)
+            extra = alternation_seconds(model, images, arguments.samples, arguments.runs)
+            print(f"       K-means over {arguments.samples} images every 50 steps, of such a step: "
+                  + ", ".join(f"--activations {kind} {100 * cost / step:.3g} %" for kind, cost in extra.items()))  # fmt: skip
 
 
 def main() -> None:
@@ -285,10 +310,12 @@ def main() -> None:
     speed.add_argument("--openness", type=float, nargs="+", help="shares of the backbone's multiply-adds that run (default: 0.75 0.5 0.25)")
     speed.add_argument("--runs", type=int, help="runs of each, in turns (default: 5)")
     speed.add_argument("--device", help="cpu, cuda or mps; by default the best there is")
+    speed.add_argument("--samples", type=int, help="training set of which to say what K-means costs (default: 2975, Cityscapes)")
     speed.add_argument("--amp", action="store_true", help="training in bfloat16")
     speed.add_argument("--compile", action="store_true", help="training with torch.compile")
     arguments = parser.parse_args()
-    measured = ("train", "batch", "openness", "runs", "device", "amp", "compile")
+    of_training = ("amp", "compile", "samples")
+    measured = ("train", "batch", "openness", "runs", "device", *of_training)
     if arguments.speed:
         arguments.variant = arguments.variant or "divdr-a"
         arguments.batch = arguments.batch or ([8] if arguments.train else [1, 8])
@@ -296,6 +323,12 @@ def main() -> None:
         arguments.runs = 5 if arguments.runs is None else arguments.runs
         if arguments.task == "detection":
             parser.error("--speed measures segmentation networks; leave --task out")
+        for name in of_training if not arguments.train else ():
+            if getattr(arguments, name):
+                parser.error(f"--{name} is of training: give --train too")
+        arguments.samples = 2975 if arguments.samples is None else arguments.samples
+        if arguments.samples < 3:
+            parser.error("--samples must be at least 3")
         if min(*arguments.batch, arguments.runs) < 1 or not 0 < min(arguments.openness) <= max(arguments.openness) <= 1:
             parser.error("--batch and --runs take numbers of at least 1, --openness shares between 0 and 1")
     for name in measured:

@@ -33,7 +33,7 @@ from model import (
     VARIANTS, InputError, Process, build_model, initialize, leave_cores_to_loaders, load_resnet50, parse_settings,
     setting, variants_of,
 )  # fmt: skip
-from routing import Routes
+from routing import Routes, fuse
 from train_seg import (
     Experts, Run, RunConfig, choose_precision, distribute, launch, make_optimizer, mean_over_processes, recompute_activations,
     reestimate_batch_norm, resolve, seed_iteration, warm_up,
@@ -99,10 +99,10 @@ def evaluate_detection(model, loader, dataset, process: Process) -> Evaluation |
 
     The backbone's cost is counted at the size to which each image was resized, and at 800x800 for the papers' tables.
     """
-    model.eval()
+    network = fuse(copy.deepcopy(model).eval())
     rows = []  # per image: index, detections, A, cost of the backbone by count, cost of the rest by part
     for images, _, index in tqdm(loader, "evaluating", disable=not process.first, leave=False):
-        out = model([data.as_float(image.to(process.device)) for image in images])
+        out = network([data.as_float(image.to(process.device)) for image in images])
         A = out.A.cpu()
         for b, i in enumerate(index.tolist()):
             found, routes = out.detections[b], out.routes and Routes(*(part[b : b + 1] for part in out.routes))
