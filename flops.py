@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=list(VARIANTS), help="cost of this network, instead of the table")
     parser.add_argument("--task", choices=["segmentation", "detection"], help="what for (default: segmentation)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
-                        help="height and width (default: 1024 2048, in detection 800 800)")  # fmt: skip
+                        help="height and width (default: 1024 2048; with --speed 512 1024; in detection 800 800)")  # fmt: skip
     parser.add_argument("--classes", type=int, help="classes of the head (default: 19, in detection 80)")
     parser.add_argument("--layers", type=int, help="layers (default: 16, in detection 17)")
     parser.add_argument("--width", type=int, help="channels at stride 4 (default: 64)")
@@ -342,8 +342,11 @@ def main() -> None:
         return
     arguments.task = arguments.task or "segmentation"
     detection = arguments.task == "detection"
-    arguments.size = arguments.size or ([800, 800] if detection else [1024, 2048])
+    usual = [800, 800] if detection else [512, 1024] if arguments.speed else [1024, 2048]
+    arguments.size = arguments.size or usual
     arguments.classes = (80 if detection else 19) if arguments.classes is None else arguments.classes
+    if arguments.train and min(arguments.batch) == 1 and min(arguments.size) < 256:
+        parser.error("--batch 1: in training batch norm needs several values per channel; use more images or a --size of at least 256")
     if min(arguments.size) < 32 or arguments.classes < 1:
         parser.error("--size takes two sides of at least 32 pixels, --classes a number of at least 1")
     with one_line_errors(InputError):

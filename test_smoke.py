@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import data
 import evaluate
@@ -238,6 +239,39 @@ def test_an_image_takes_its_route_whatever_else_is_in_the_batch(gate):
         for a, b, c in zip(alone, skipped, masked):
             torch.testing.assert_close(a[0], b[i], atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(a[0], c[i], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_images_one_by_one_are_images_together(monkeypatch):
+    backbone = warmed_backbone(gate="small").double()
+    let_gates_decide(backbone)
+    images = torch.randn(5, 3, 64, 96).double() * torch.linspace(0.3, 3, 5)[:, None, None, None]
+    together, gathered = backbone.route(images)
+    monkeypatch.setattr(routing, "ALONE", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "_run", lambda x, *rest, run=backbone._run: run(x, *rest) if len(x) == 1 else pytest.fail("a batch"))
+        alone, routes = backbone.route(images)
+    for a, b in zip([*alone, *routes], [*together, *gathered]):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    forced, _ = backbone.route(images, alpha=routes.alpha)
+    for a, b in zip(forced, together):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("strip", [1, 3, 8, 40])
+def test_the_stem_in_strips_is_the_stem(monkeypatch, strip):
+    stem = routing.Stem(4).double().eval()
+    for height in (4, 32, 100):
+        images = torch.randn(2, 3, height, 32).double()
+        want = stem(images)  # with gradients: whole
+        monkeypatch.setattr(routing, "STRIP", strip)
+        with torch.no_grad():
+            torch.testing.assert_close(stem(images), want, atol=1e-12, rtol=1e-12)
+    seen = []  # in training the whole image, for the statistics of batch norm
+    stem[0].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[-2]))
+    with torch.no_grad():
+        stem.train()(images)
+    assert seen == [100]
 
 
 @pytest.mark.parametrize("gate", ["full", "small"])
@@ -1116,6 +1150,22 @@ def test_augmentation_pads_crops_and_keeps_image_and_mask_aligned():
     assert torch.equal(same, mask) or torch.equal(same, mask.flip(1))
 
 
+@pytest.mark.parametrize("size, sides, crop", [((256, 512), (128, 192, 256, 320, 384, 512), 192), ((90, 120), (45, 68, 90, 112, 180), 88)])
+def test_resizing_only_what_the_crop_shows_gives_the_same_pixels(size, sides, crop):
+    generator = torch.Generator().manual_seed(0)
+    image = tv_tensors.Image(torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.randint(0, 19, size, generator=generator, dtype=torch.uint8))
+    whole = v2.Compose([v2.RandomShortestSize(list(sides), antialias=True), data.random_crop(crop)])
+    for seed in range(40):
+        torch.manual_seed(seed)
+        want, after = whole(image, mask), torch.rand(1)
+        torch.manual_seed(seed)
+        got = data.ShortestSizeCrop(sides, crop)(image, mask)
+        assert torch.equal(torch.rand(1), after) and [type(part) for part in got] == [tv_tensors.Image, tv_tensors.Mask]
+        assert torch.equal(got[1], want[1])
+        assert (got[0].int() - want[0].int()).abs().max() <= 1
+
+
 def test_cityscapes_training_items_have_the_recipe_size(tmp_path):
     cityscapes_tree(tmp_path)
     dataset = data.segmentation_dataset("cityscapes", str(tmp_path), "train", train=True, crop=64, short_sides=(20, 90))
@@ -1772,6 +1822,55 @@ def test_the_optimizer_leaves_out_a_step_that_is_flagged():
         after = (network.state_dict(), [s["momentum_buffer"] for s in optimizer.state_dict()["state"].values()])
         assert torch.equal(before[0]["0.weight"], after[0]["0.weight"]) != moves
         assert moves or all(torch.equal(a, b) for a, b in zip(before[1], after[1]))
+
+
+# ============ speed ============
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    def work():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + 1  # 8,000
+        del a
+        c = b.view(10, 100).t().contiguous()  # 8,000; a view takes none
+        return c.sum()
+
+    assert 8000 <= flops.peak_bytes(work, torch.device("cpu")) < 8100
+
+
+def test_the_commands_that_measure_speed_print_what_they_measured(tmp_path):
+    status, out, error = run_here(kmeans.main, "--n", 400, "--dim", 8, "--k", 2, 3, "--iters", 5, "--runs", 2, cwd=tmp_path)
+    rows = [line.split() for line in out.splitlines()[2:]]
+    assert status == 0, error
+    assert [row[:2] for row in rows if "kmeans.py" in row] == [[kind, k] for kind in ("gates", "noise") for k in "23"]
+    status, out, error = run_here(data.main, "--dataset", "coco", "--images", 2, "--runs", 1, cwd=tmp_path)
+    assert status == 0, error
+    assert [line.split()[1] for line in out.splitlines()[2:]] == ["torchvision's", "data.py", "decoding"]
+    small = ["--speed", "--size", "64", "64", "--layers", "4", "--width", "4", "--batch", "1", "2", "--runs", "1", "--device", "cpu"]
+    status, out, error = run_here(flops.main, *small, "--openness", "0.5", cwd=tmp_path)
+    rows = [line.split() for line in out.splitlines()[3:]]
+    assert status == 0 and len(rows) == 8, error
+    assert all(float(row[-1]) < 1e-4 for row in rows if "all" in row)  # the difference from the published way
+    status, out, error = run_here(flops.main, *small, "--batch", "2", "--train", "--amp", "--samples", "30", cwd=tmp_path)
+    assert status == 0 and "bfloat16" in out and "--activations recompute" in out, error
+
+
+@pytest.mark.parametrize("main, flags, words", [
+    (kmeans.main, ["--n", "3", "--k", "4"], ["--n", "4"]),
+    (kmeans.main, ["--device", "nowhere"], ["--device", "nowhere"]),
+    (data.main, ["--data", "somewhere"], ["--data", "--dataset"]),
+    (data.main, ["--dataset", "coco", "--data", "somewhere"], ["somewhere"]),
+    (data.main, ["--images", "0"], ["--images"]),
+    (flops.main, ["--runs", "3"], ["--runs", "--speed"]),
+    (flops.main, ["--speed", "--amp"], ["--amp", "--train"]),
+    (flops.main, ["--speed", "--train", "--batch", "1", "--size", "64", "64"], ["--batch", "--size"]),
+    (flops.main, ["--speed", "--openness", "1.5"], ["--openness"]),
+    (flops.main, ["--speed", "--task", "detection"], ["--task"]),
+    (flops.main, ["--speed", "--variant", "deeplabv3-r101"], ["deeplabv3-r101", "routes"]),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_said_in_one_line(tmp_path, main, flags, words):
+    status, _, error = run_here(main, *flags, cwd=tmp_path)
+    assert status == 2 and error.count("\n") == 1 and all(word in error for word in words), error
 
 
 # ============ a run survives ============
