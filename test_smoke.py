@@ -1712,7 +1712,7 @@ def test_evaluation_knows_the_run_and_shows_pictures(trained):
 @pytest.mark.parametrize("flags", [
     ["--variant", "divdr-raw", "--activations", "recompute", "--kmeans-anneal", "4"],
     ["--variant", "divdr-raw", "--gate-space", "logit"],
-    ["--variant", "dr-raw"],
+    ["--variant", "dr-raw", "--amp"],
 ])  # fmt: skip
 def test_one_process_trains_with(flags, tmp_path, monkeypatch):
     write_camvid(tmp_path / "camvid")
@@ -1807,6 +1807,20 @@ def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, mon
     assert len(re.findall(r"shapes/train/\d{5}", error)) == 8 and "last.pt is from before" in error
     network, checkpoint = model.load_checkpoint("runs/shapes-dr-raw-seed0/last.pt")
     assert checkpoint["iteration"] == at - 1 and all(p.isfinite().all() for p in network.parameters())
+
+
+def test_bfloat16_changes_little_and_keeps_gates_in_float32():
+    torch.manual_seed(0)
+    network = model.build_model("divdr-a", "segmentation", 5, layers=4, width=8).train()
+    images = torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network(images)
+    full = network(images)
+    assert half.logits.dtype == torch.bfloat16 and half.A.dtype == half.cost.dtype == torch.float32
+    assert 0 < (half.A - full.A).abs().mean() < 0.02 and 0 < (half.cost / full.cost - 1).abs().max() < 0.05
+    assert (half.logits - full.logits).abs().max() < 0.1 * full.logits.abs().max()
+    half.logits.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
 def test_the_optimizer_leaves_out_a_step_that_is_flagged():
