@@ -170,8 +170,8 @@ def random_crop(side: int) -> v2.RandomCrop:
 
 
 class ShortestSizeCrop(torch.nn.Module):
-    """`v2.RandomShortestSize` and `random_crop` after it, with the same draws and, to rounding, the same result; but only
-    the part of the image that the crop shows is resized."""
+    """`v2.RandomShortestSize` and `random_crop` after it, with the same draws and, to rounding, the same result (of a mask,
+    also to which of two pixels equally near is taken); but only the part of the image that the crop shows is resized."""
 
     def __init__(self, short_sides: tuple[int, ...], side: int):
         super().__init__()
@@ -868,7 +868,9 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
 
 def normalize(images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> torch.Tensor:
     """uint8 [..., 3, H, W] to float32 with `mean` taken off and `std` divided by, both on 0..1; on the same device."""
-    return v2.functional.normalize(as_float(images), list(mean), list(std))
+    # v2.functional.normalize makes its numbers on the device, and waits for it.
+    mean, std = (torch.tensor(values)[:, None, None].to(images.device, non_blocking=True) for values in (mean, std))
+    return (as_float(images) - mean).div_(std)
 
 
 # ============ how fast it is ============
@@ -880,7 +882,7 @@ def _write_cityscapes(root: str, images: int) -> None:
     for part, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
         os.makedirs(os.path.join(root, part, "train", "made_up"))
     for i in range(images):
-        image, mask, _ = scenes[i]
+        image, mask, _ = scenes[i % len(scenes)]
         image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((2048, 1024), Image.Resampling.BICUBIC)
         image = np.clip(np.asarray(image).astype(int) + rng.integers(-2, 3, (1024, 2048, 3)), 0, 255).astype(np.uint8)
         mask = Image.fromarray(mask.numpy() + 7).resize((2048, 1024), Image.Resampling.NEAREST)  # ids of road and after
@@ -895,7 +897,7 @@ def _write_coco(root: str, images: int) -> None:
     os.makedirs(folder), os.makedirs(os.path.dirname(json_path))
     truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "blob"}]}
     for i in range(images):
-        image = Image.fromarray(scenes[i][0].permute(1, 2, 0).numpy()).resize((640, 480), Image.Resampling.BICUBIC)
+        image = Image.fromarray(scenes[i % len(scenes)][0].permute(1, 2, 0).numpy()).resize((640, 480), Image.Resampling.BICUBIC)
         image = np.clip(np.asarray(image).astype(int) + rng.integers(-9, 10, (480, 640, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(image).save(os.path.join(folder, f"{i}.jpg"), quality=90)
         truth["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640})
@@ -910,8 +912,8 @@ def _write_coco(root: str, images: int) -> None:
         json.dump(truth, file)
 
 
-def _segmentation_contenders(root: str) -> dict:
-    """What one worker does for an image: name -> a function of its index."""
+def _segmentation_contenders(root: str) -> tuple[dict, int]:
+    """What one worker does for an image: name -> a function of its index; and how many images there are."""
     dataset = segmentation_dataset("cityscapes", root, "train", train=True)
     info = dataset.info
     # references/segmentation/presets.py of torchvision, on PIL images, at the sizes of this data set
@@ -926,10 +928,10 @@ def _segmentation_contenders(root: str) -> dict:
         return reference(image.convert("RGB"), tv_tensors.Mask(label))
 
     return {"torchvision's reference": referred, "data.py": dataset.__getitem__,
-            "decoding alone": lambda index: [read_image(path, mode=None) for path in dataset.pairs[index]]}  # fmt: skip
+            "decoding alone": lambda index: [read_image(path, mode=None) for path in dataset.pairs[index]]}, len(dataset)  # fmt: skip
 
 
-def _detection_contenders(root: str) -> dict:
+def _detection_contenders(root: str) -> tuple[dict, int]:
     dataset = detection_dataset("coco", root, "train", train=True, masks=True)
     # references/detection/presets.py of torchvision, "hflip", on PIL images
     reference = v2.Compose([
@@ -940,7 +942,7 @@ def _detection_contenders(root: str) -> dict:
     theirs.ids = dataset.ids
     theirs = datasets.wrap_dataset_for_transforms_v2(theirs, target_keys=("boxes", "labels", "masks"))
     return {"torchvision's reference": theirs.__getitem__, "data.py": dataset.__getitem__,
-            "decoding alone": lambda index: read_image(os.path.join(dataset.root, dataset.image_name(index)))}  # fmt: skip
+            "decoding alone": lambda index: read_image(os.path.join(dataset.root, dataset.image_name(index)))}, len(dataset)  # fmt: skip
 
 
 def main() -> None:
@@ -964,7 +966,9 @@ def main() -> None:
             try:
                 if not arguments.data:
                     write(made_up, arguments.images)
-                contenders = contend(arguments.data or made_up)
+                contenders, available = contend(arguments.data or made_up)
+                if available < arguments.images:
+                    raise DataError(f"--images {arguments.images}: there are only {available}")
                 rates = {one: [] for one in contenders}
                 for run in range(arguments.runs + 1):  # the first warms up, and reads the files into memory
                     for one, get in contenders.items():
@@ -973,7 +977,7 @@ def main() -> None:
                         for index in range(arguments.images):
                             get(index)
                         rates[one] += [arguments.images / (time.perf_counter() - start)] * (run > 0)
-            except (DataError, OSError, IndexError) as error:
+            except (DataError, OSError) as error:
                 parser.exit(2, f"data.py: {error}\n")
         first = statistics.median(next(iter(rates.values())))
         for one, rate in rates.items():

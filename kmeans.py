@@ -171,8 +171,8 @@ def kmeans(
     A cluster that loses all its samples moves to the sample farthest from its own (updated) centre; several take the
     farthest, the next farthest, ..., no two at one place. With fewer distinct samples than k, the centres left over
     coincide with samples that are another centre's, and have no members. Where max_iter ends the run right after such
-    a move, a cluster can still be empty. The same call gives the same result; sums are in float64, so shards give the
-    centres of one process to rounding.
+    a move, a cluster can still be empty. The same call gives the same result; sums are in float64 (on a CPU over bags of 64
+    samples in x's precision), so shards give the centres of one process to rounding.
 
     Raises ValueError, on every rank, for NaN or inf in x or init, for fewer samples than k in total, and for shapes
     that do not fit.
@@ -203,7 +203,7 @@ def kmeans(
         offset = total[:D] / total[D]
 
         centers = _plus_plus(x, k, seed, group) if init is None else heads[0, D + 3 :].view(k, D).to(x.dtype)
-        labels = torch.full((n,), -1, device=x.device)
+        labels = nowhere = torch.full((n,), -1, device=x.device)
         sums = torch.zeros(k, D + 1, dtype=torch.float64, device=x.device)  # last column: counts
         for _ in range(max_iter):
             new = _nearest(x, centers, offset)
@@ -214,7 +214,10 @@ def kmeans(
             counts = sums[:, -1]
             # The iteration's one sync: whether to stop, and which clusters are empty.
             changed, *sizes = torch.cat([step[-1:], counts]).tolist()
-            if not changed:
+            if not changed:  # the sums came about by differences: once more, without what rounding has left in them
+                sums = _gather(_moved(x, nowhere, labels, k), group).sum(dim=0)
+                means = (sums[:, :-1] / counts.clamp(min=1)[:, None]).to(x.dtype)
+                centers = torch.where(counts[:, None] > 0, means, centers)
                 break
             centers = (sums[:, :-1] / counts.clamp(min=1)[:, None]).to(x.dtype)
             empty = [j for j, size in enumerate(sizes) if size == 0]
@@ -376,7 +379,7 @@ class ActivationBank:
                 f"index must be [b] and A [b, {self.values.shape[1]}], not {tuple(index.shape)} and {tuple(A.shape)}"
             )
         group = _world()
-        index = _gather(index.to(A.device), group).flatten(0, 1).to(self.values.device)
+        index = _gather(index.to(A.device, non_blocking=True), group).flatten(0, 1).to(self.values.device)
         A = _gather(A.detach().float(), group).flatten(0, 1).to(self.values.device)
         if self.momentum:
             A = torch.lerp(A, self.values[index], self.momentum * self.seen[index, None])
@@ -481,13 +484,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turns (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where kmeans.py runs (default: %(default)s)")
     arguments = parser.parse_args()
-    for flag, least in (("n", max(arguments.k)), ("dim", 1), ("iters", 1), ("runs", 1)):
-        if getattr(arguments, flag) < least or min(arguments.k) < 1:
-            parser.exit(2, f"kmeans.py: --{flag} must be at least {least}, and --k at least 1\n")
+    for flag, given, least in (("k", min(arguments.k), 1), ("n", arguments.n, max(arguments.k)), ("dim", arguments.dim, 1),
+                               ("iters", arguments.iters, 1), ("runs", arguments.runs, 1)):  # fmt: skip
+        if given < least:
+            parser.exit(2, f"kmeans.py: --{flag} {given}: must be at least {least}\n")
     try:
-        torch.zeros(1, device=arguments.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        parser.exit(2, f"kmeans.py: --device {arguments.device}: not available here; try cpu\n")
+        torch.zeros(1, device=arguments.device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError):
+        parser.exit(2, f"kmeans.py: --device {arguments.device}: not available here, or without float64; try cpu\n")
 
     print(f"K-means, N = {arguments.n}, D = {arguments.dim}, at most {arguments.iters} iterations from the first K samples; "
           f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads")  # fmt: skip

@@ -222,6 +222,13 @@ class RoutedPyramid(nn.Module):
         return OrderedDict((str(level), y) for level, y in enumerate(maps)), routes
 
 
+def _in_float32(module: nn.Module, inputs, out):
+    """A forward hook: what comes out, at any depth, in float32 where it is in less."""
+    if isinstance(out, Tensor):
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    return type(out)(_in_float32(module, inputs, part) for part in out)
+
+
 class Detector(nn.Module):
     """torchvision's Faster or Mask R-CNN on a routed pyramid or, static, on its own ResNet-50-FPN.
 
@@ -266,6 +273,9 @@ class Detector(nn.Module):
                 mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
             )
         self.rcnn = (MaskRCNN if masks else FasterRCNN)(pyramid, **options)
+        # Boxes take the precision of what they are decoded from, and bfloat16 has steps of 4 pixels at 1000.
+        for regresses in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor):
+            regresses.register_forward_hook(_in_float32)
         self._costs: dict[tuple, int] = {}
 
     @property
@@ -750,6 +760,8 @@ def start_process(device: str | None = None) -> Process:
     if not available.get(kind) or number and not (kind == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
         raise InputError(f"--device {device}: not available here; there is {', '.join(d for d in available if available[d])}")
     if world == 1:
+        if number:
+            torch.cuda.set_device(int(number))
         return Process(0, 1, torch.device(device))
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])

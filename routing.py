@@ -250,7 +250,7 @@ class RoutedBackbone(nn.Module):
         if skip and probe is not None:
             raise ValueError("a probe needs skip=False: closed paths are not run")
         if skip and len(x) > 1 and x.device.type == "cpu" and self.width * x.shape[-2] * x.shape[-1] // 16 >= ALONE:
-            alphas = [None] * len(x) if alpha is None else alpha.split(1)
+            alphas = [None] * len(x) if alpha is None else alpha.expand(len(x), -1, -1).split(1)
             features, routes = zip(*(self._run(*image, skip) for image in zip(x.split(1), alphas)))
             return [torch.cat(f) for f in zip(*features)], Routes(*(torch.cat(parts) for parts in zip(*routes)))
         return self._run(x, alpha, skip, probe)
@@ -312,7 +312,7 @@ class RoutedBackbone(nn.Module):
             passing = [image for image in arriving[s] if closed[image, s]]
             if running:
                 h = node.cell(_take(x, running))
-                for path in sorted(node.paths, key=KEEP.__eq__):  # keep last: it may write over h
+                for path in sorted(node.paths, key=lambda path: path == KEEP):  # keep last: it may write over h
                     using = [i for i, image in enumerate(running) if opened[image][s][path]]  # rows of h
                     if using:
                         images, y = [running[i] for i in using], _take(h, using)
@@ -333,8 +333,8 @@ class RoutedBackbone(nn.Module):
         Args:
             count: "paper", what the published code of Dynamic Routing reports: nominal map sizes, rounded down; every
                 gate, run or not; a ReLU with each path; nothing for the init node's cell and gate and for keep in the
-                last layer. "exact", what this code runs (sizes padded to `stride`). "conv", the convolutions of
-                "exact" alone: half of what `torch.utils.flop_counter` counts.
+                last layer. "exact", what this code runs (sizes padded to `stride`; without the 3 % of the stem that strips
+                do twice). "conv", the convolutions of "exact" alone: half of what `torch.utils.flop_counter` counts.
         """
         key = (height, width, count)
         if key not in self._costs:
@@ -346,7 +346,7 @@ class RoutedBackbone(nn.Module):
     def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
         """Multiply-adds [B] of cells and paths (paper count), each weighted by its alpha (a cell: its node's largest)."""
         costs, alpha = self.costs(height, width), routes.alpha
-        cell, path = costs.cell.to(alpha), costs.path.to(alpha)
+        cell, path = costs.cell.to(alpha, non_blocking=True), costs.path.to(alpha, non_blocking=True)
         return (alpha.amax(-1) * cell).sum(1) + (alpha * path).sum((1, 2))
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
@@ -443,7 +443,8 @@ def _scatter(following: list, to: int, y: Tensor, images: list[int], batch: int)
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """For inference: folds each batch norm into the convolution before it, throughout `network`, and returns that.
+    """For inference: folds batch norm into the convolution before it wherever an nn.Sequential of `network` has the two
+    in a row, as all in this file do, and returns the network.
 
     The outputs stay the same to rounding. It cannot be trained afterwards, and its state dict is another.
     """

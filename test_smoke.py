@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -261,7 +263,7 @@ def test_images_one_by_one_are_images_together(monkeypatch):
 @pytest.mark.parametrize("strip", [1, 3, 8, 40])
 def test_the_stem_in_strips_is_the_stem(monkeypatch, strip):
     stem = routing.Stem(4).double().eval()
-    for height in (4, 32, 100):
+    for height in (4, 32, 100, 356):
         images = torch.randn(2, 3, height, 32).double()
         want = stem(images)  # with gradients: whole
         monkeypatch.setattr(routing, "STRIP", strip)
@@ -271,7 +273,7 @@ def test_the_stem_in_strips_is_the_stem(monkeypatch, strip):
     stem[0].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[-2]))
     with torch.no_grad():
         stem.train()(images)
-    assert seen == [100]
+    assert seen == [356]
 
 
 @pytest.mark.parametrize("gate", ["full", "small"])
@@ -582,6 +584,17 @@ def test_kmeans_is_lloyd(n, d, k, offset, max_iter):
     np.testing.assert_allclose(centers.numpy(), want_centers, rtol=1e-11, atol=1e-11)
     np.testing.assert_array_equal(labels.numpy(), want_labels)
     assert inertia == pytest.approx(want_inertia, rel=1e-10)
+
+
+def test_kmeans_of_far_outliers_keeps_their_digits():
+    """Their cluster begins with nearly all samples, whose sum is far larger than theirs."""
+    x = torch.rand(118_287, 4, generator=torch.Generator().manual_seed(0))
+    x[-3:] += 3e4
+    x = x + 1000
+    centers, labels, _ = kmeans.kmeans(x, 2, init=torch.tensor([1000.3, 1000.0])[:, None].expand(2, 4))
+    assert labels.bincount().tolist() == [3, 118_284]
+    for j in range(2):
+        np.testing.assert_allclose(centers[j].numpy(), x[labels == j].double().mean(0).numpy(), rtol=1e-6)
 
 
 def test_kmeans_start_and_seed():
@@ -1794,8 +1807,12 @@ def test_shapes_end_with_the_recovered_subsets(oracle, tmp_path):
             torch.testing.assert_close(checkpoint["centers"][k], values[mine].mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, monkeypatch, capsys, deferred):
     monkeypatch.chdir(tmp_path)
+    if deferred:  # as on a GPU
+        monkeypatch.setattr(train_seg.Run, "defers", True)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda: None, synchronize=lambda: None))
     flags = ["--dataset", "shapes", "--size", "32", "--layers", "4", "--width", "4", "--iters", "20", "--warmup", "0", "--lr", "1e8",
              "--save-every", "1", "--workers", "0", "--device", "cpu", "--clip", "1e8", "--variant", "dr-raw"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *flags])
@@ -1807,6 +1824,21 @@ def test_a_diverging_run_stops_before_the_step_that_would_spoil_it(tmp_path, mon
     assert len(re.findall(r"shapes/train/\d{5}", error)) == 8 and "last.pt is from before" in error
     network, checkpoint = model.load_checkpoint("runs/shapes-dr-raw-seed0/last.pt")
     assert checkpoint["iteration"] == at - 1 and all(p.isfinite().all() for p in network.parameters())
+
+
+def test_a_compiled_network_trains_as_the_network_does(monkeypatch):
+    """Through the compiler's front end alone: its code generation takes minutes."""
+    images, steps = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), {}
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = model.build_model("divdr-a", "segmentation", 5, layers=3, width=2).train()
+        called = train_seg.distribute(network, model.Process(0, 1, torch.device("cpu")), compiled)
+        out = called(images)
+        (out.logits.square().mean() + out.cost.mean() / 1e9).backward()
+        steps[compiled] = (out.logits, out.A, *(p.grad for p in network.parameters() if p.grad is not None))
+    assert called is not network
+    torch.testing.assert_close(steps[True], steps[False])
 
 
 def test_bfloat16_changes_little_and_keeps_gates_in_float32():
@@ -2123,6 +2155,20 @@ def test_detector_structure():
         detector = model.build_model("divdr-a", "detection", 80, gate=gate)
         cost = detector.real_cost(detector.backbone.open_routes(), 800, 800, "paper")
         assert sum(cost.values()).item() / 1e9 == pytest.approx(published, abs=5e-4)
+
+
+def test_a_detector_in_bfloat16_has_boxes_in_float32():
+    torch.manual_seed(0)
+    detector, seen = small_detector(masks=True).train(), []
+    detector.rcnn.rpn.register_forward_hook(lambda module, inputs, out: seen.extend(out[0]))
+    detector.rcnn.roi_heads.box_predictor.register_forward_hook(lambda module, inputs, out: seen.extend(out))
+    boxes = torch.tensor([[10.0, 12.0, 50.0, 40.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1]), "masks": torch.ones(1, 64, 96, dtype=torch.uint8)}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = detector([torch.rand(3, 64, 96)] * 2, [target] * 2)
+    assert len(seen) == 4 and all(part.dtype == torch.float32 for part in seen)
+    sum(out.losses.values()).backward()
+    assert all(loss.isfinite() for loss in out.losses.values())
 
 
 def test_static_detector_counts_what_others_publish():

@@ -351,7 +351,7 @@ class Experts:
         if self.subset is not None:
             own = self.subset[index]
         elif self.own is not None:
-            own = self.own[index.to(self.own.device)]
+            own = self.own[index.to(self.own.device, non_blocking=True)]
         if self.metric is not None:
             A, centers = A * self.metric.to(A.device), centers * self.metric
         return losses.clustering_loss(A, centers, self.clusters.sigma2, self.config.margin, own)
@@ -560,7 +560,7 @@ class Run:
     """
 
     # What may differ between a run and its continuation; all else decides what comes out.
-    FREE = {"out", "name", "resume", "data", "workers", "device", "save_every", "eval_batch", "init",
+    FREE = {"out", "name", "resume", "data", "workers", "device", "compile", "save_every", "eval_batch", "init",
             "train_json", "train_images", "val_json", "val_images"}  # fmt: skip
 
     def __init__(self, folder: Path, config: RunConfig, process: Process, about: dict, model, optimizer, schedule, experts: Experts):
@@ -714,7 +714,7 @@ class Run:
         if self.process.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         found = (iteration, list(terms), dataset, index)
-        if not self.optimizer.defaults["fused"] or values.device.type != "cuda":
+        if not self.defers:
             return self._judge(torch.cat([flags, values]).tolist(), *found)
         self.optimizer.found_inf = flags[0]
         on_host = torch.cat([flags, values]).to("cpu", non_blocking=True)  # into pinned memory
@@ -722,6 +722,11 @@ class Run:
         arrived.record()
         self.settle()
         self.unread = (arrived, on_host, *found)
+
+    @property
+    def defers(self) -> bool:
+        """Whether `check_step` lets the device go on and reads later what it found."""
+        return self.process.device.type == "cuda" and self.optimizer.defaults["fused"]
 
     def settle(self) -> None:
         """Reads what the last step's check found, if that is still to be done."""
