@@ -255,14 +255,17 @@ class RoutedBackbone(nn.Module):
             return [torch.cat(f) for f in zip(*features)], Routes(*(torch.cat(parts) for parts in zip(*routes)))
         return self._run(x, alpha, skip, probe)
 
-    def _run(self, x, alpha, skip, probe=None):
+    def _run(self, x: Tensor, alpha: Tensor | None, skip: bool, probe: Tensor | None = None) -> tuple[list[Tensor], Routes]:
+        """`route`, layer by layer, for all images together."""
         arrived = [self.stem(x)]
         reached = torch.ones(len(x), 1, dtype=torch.bool, device="cpu" if skip else x.device)
         decided, first = [], 0
         for layer in [[self.init], *self.layers]:
             forced, probed = (None if given is None else given[:, first : first + len(layer)] for given in (alpha, probe))
-            ran = self._skip_layer(layer, arrived, reached, forced) if skip else self._mask_layer(layer, arrived, reached, forced, probed)
-            arrived, reached_next, logits, activations = ran
+            if skip:
+                arrived, reached_next, logits, activations = self._skip_layer(layer, arrived, reached, forced)
+            else:
+                arrived, reached_next, logits, activations = self._mask_layer(layer, arrived, reached, forced, probed)
             decided.append(Routes(logits, activations, reached.to(x.device, non_blocking=True)))
             reached, first = reached_next, first + len(layer)
         return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
