@@ -1996,7 +1996,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(how, uninterrupted, tmp_pa
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path):
     command, folder = [*SHORT_SEG, "--workers", 0, "--name", "parts"], tmp_path / "runs" / "parts"
-    status, _, error = run(*command, "--resume", cwd=tmp_path)
+    status, _, error = run_here(train_seg.main, *command[1:], "--resume", cwd=tmp_path)
     assert status == 2 and "no run to go on with" in error
     process = start(*command, cwd=tmp_path)
     wait_for_iteration(process, folder, 5)
@@ -2007,11 +2007,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_pa
     status, _, error = run(*command, "--resume", cwd=tmp_path)
     assert status == 0 and "warning" in error and "last.pt" in error and (folder / "last.pt.damaged").exists()
     same_outcome(uninterrupted, folder)
-    status, _, error = run(*command, "--resume", "--lr", 0.3, cwd=tmp_path)
+    status, _, error = run_here(train_seg.main, *command[1:], "--resume", "--lr", 0.3, cwd=tmp_path)
     assert status == 2 and "--lr 0.3" in error.splitlines()[-1] and "0.2" in error
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(b"nothing")
-    status, _, error = run(*command, "--resume", cwd=tmp_path)
+    status, _, error = run_here(train_seg.main, *command[1:], "--resume", cwd=tmp_path)
     assert status == 2 and "no checkpoint" in error.splitlines()[-1]
 
 
