@@ -84,7 +84,8 @@ def _moved(x: Tensor, old: Tensor, new: Tensor, k: int) -> Tensor:
         return _summed(x, rows, new[rows], k) - _summed(x, rows, old[rows], k)
     delta = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64, device=x.device)
     clusters = torch.arange(k, device=x.device)[:, None]
-    for part, left, entered in zip(x.split(CHUNK), old.split(CHUNK), new.split(CHUNK)):
+    size = 8 * CHUNK  # few launches; in float64 and with D near 200, 100 MB
+    for part, left, entered in zip(x.split(size), old.split(size), new.split(size)):
         signed = (entered == clusters).double() - (left == clusters).double()  # [k, m]
         delta[:, :-1] += signed @ part.double()
         delta[:, -1] += signed.sum(dim=1)
