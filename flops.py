@@ -272,9 +272,9 @@ def print_speed(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         model(torch.randn(4, 3, 128, 128, device=device))
     model.eval()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "MPS"}.get(device.type) or torch.cuda.get_device_name(device)
     height, width = (side + -side % model.backbone.stride for side in arguments.size)
-    print(f"{arguments.variant}, {height}x{width}, {'training' if arguments.train else 'inference'}; torch {torch.__version__}, {name}")
+    print(f"{arguments.variant}, {height}x{width}, {'training' if arguments.train else 'inference'}; torch {torch.__version__}, {machine}")
     print("difference: the largest of a logit, over the largest logit")
     print(f"{'batch':>5}  {'':24}{'median s':>10}{'min':>9}{'max':>9}{'ratio':>8}{'peak MiB':>10}{'difference':>12}")
     for batch in arguments.batch:
@@ -295,7 +295,8 @@ def print_speed(arguments: argparse.Namespace) -> None:
             print(f"{batch:5}  {name:24}{median:10.3f}{min(times):9.3f}{max(times):9.3f}{median / first:8.2f}{peaks[name] / 2**20:10.0f}"
                   + ("" if difference is None else f"{difference:12.1e}"))  # fmt: skip
         if arguments.train:
-            step = statistics.median(seconds[name])  # the last: training as it is here
+            *_, ours = seconds.values()
+            step = statistics.median(ours)
             extra = alternation_seconds(model, images, arguments.samples, arguments.runs)
             print(f"       K-means over {arguments.samples} images every 50 steps, of such a step: "
                   + ", ".join(f"--activations {kind} {100 * cost / step:.3g} %" for kind, cost in extra.items()))  # fmt: skip
