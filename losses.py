@@ -8,11 +8,11 @@ Needs torch alone.
 import torch
 from torch import Tensor
 
-SIGMA2_FLOOR = 1e-4  # smallest sigma2 that the clustering loss divides by: a cluster of equal samples has sigma2 = 0
+SIGMA2_FLOOR = 1e-4  # the clustering loss divides by no less; a cluster of equal samples has sigma2 = 0
 
 
 def cost_loss(cost: Tensor, total: float | Tensor, budget: float) -> Tensor:
-    """L_cost = (C / C_all − mu_budget)², C the batch mean of the expected cost (Dynamic Routing, section 3.3).
+    """L_cost = (C / C_all − mu_budget)², C the batch mean of expected cost (Dynamic Routing, section 3.3).
 
     cost:   [B], expected multiply-adds of each image.
     total:  C_all > 0, the same cost with every alpha = 1 (float or 0-dim tensor).
@@ -28,10 +28,10 @@ def cost_loss(cost: Tensor, total: float | Tensor, budget: float) -> Tensor:
 
 
 def budget_ramp(progress: float, start: float = 0.4, length: float = 0.02) -> float:
-    """Weight in [0, 1] of the cost loss at `progress` (iteration / iterations): 0 up to `start`, then linear over `length`.
+    """Weight in [0, 1] of the cost loss at `progress` (iteration / iterations): 0 up to `start`, then linear.
 
-    The gates first learn what they are good for; a budget from the first step on closes most of them before they do.
-    `length` 0 switches the loss on at `start` at once.
+    The gates first learn what they are good for; a budget from the first step on closes most of them before
+    they do. `length` 0 switches the loss on at `start` at once.
     """
     if length <= 0:
         return float(progress >= start)
@@ -46,7 +46,8 @@ def clustering_loss(
     own: Tensor | None = None,
     sigma2_floor: float = SIGMA2_FLOOR,
 ) -> Tensor:
-    """L_clustering, equation (2): pulls A(x) to its own centre mu(x) and pushes it from all others. Batch mean of
+    """L_clustering, equation (2): pulls A(x) to its own centre mu(x), pushes it from the others. Batch mean
+    of
 
         { margin + ‖A − mu(x)‖ / (2 sigma2) + log Σ_{k ≠ own} exp(−‖A − mu_k‖ / (2 sigma2)) }₊
 
@@ -54,39 +55,36 @@ def clustering_loss(
 
     A:       [B, D], gate activations; the gradient goes here, and is 0 where A lies on a centre.
     centers: [K, D], K >= 2, the mu_k of the last K-means update; constants here.
-    sigma2:  spread of all samples around their centres at that update (float or 0-dim tensor); taken as
-             at least `sigma2_floor`.
+    sigma2:  spread of all samples around their centres at that update (float or 0-dim tensor), taken as at
+             least `sigma2_floor`.
     margin:  alpha >= 0 of the equation, in units of distance / (2 sigma2).
-    own:     [B] integers in [0, K), the centre each sample belongs to; by default its nearest, the first on a tie.
+    own:     [B] integers < K, the centre each sample belongs to; -1 or None: the nearest, the first on a tie.
              Two centres at one place count as two: only the own index is left out of the sum.
     Returns a 0-dim tensor, computed in float32 at least, under autocast too.
     Raises ValueError for shapes that do not fit, K < 2 or a negative margin.
     """
     if A.dim() != 2 or centers.dim() != 2 or A.shape[1] != centers.shape[1] or len(A) == 0:
-        raise ValueError(
-            f"A must be [B >= 1, D] and centers [K, D], not {tuple(A.shape)} and {tuple(centers.shape)}"
-        )
+        shapes = f"{tuple(A.shape)} and {tuple(centers.shape)}"
+        raise ValueError(f"A must be [B >= 1, D] and centers [K, D], not {shapes}")
     if len(centers) < 2:
-        raise ValueError(f"the clustering loss needs K >= 2 centres, not {len(centers)}: with one there is no other to leave")
+        raise ValueError(f"the clustering loss needs K >= 2 centres, not {len(centers)}")
     if margin < 0:
         raise ValueError(f"margin must be >= 0, not {margin}")
     if own is not None and own.shape != A.shape[:1]:
         raise ValueError(f"own must be [{len(A)}], not {tuple(own.shape)}")
-    if isinstance(sigma2, Tensor):
-        if sigma2.dim() != 0:
-            raise ValueError(f"sigma2 must be a number or a 0-dim tensor, not {tuple(sigma2.shape)}")
-        sigma2 = sigma2.detach().clamp(min=sigma2_floor)
-    else:
-        sigma2 = max(sigma2, sigma2_floor)
 
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     mu = centers.detach().to(A)
-    # Differences first, [B, K, D]: exact near a centre, where ‖A‖² − 2A·mu + ‖mu‖² cancels. Torch gives the norm
-    # the gradient 0 at 0, where it has none.
+    if isinstance(sigma2, Tensor):
+        sigma2 = sigma2.detach().clamp(min=sigma2_floor)
+    else:
+        sigma2 = max(sigma2, sigma2_floor)
+    # Differences first, [B, K, D]: exact near a centre, where ‖A‖² − 2A·mu + ‖mu‖² cancels. At 0 the norm has
+    # no gradient; torch gives it 0.
     distance = torch.linalg.vector_norm(A[:, None] - mu, dim=2)  # [B, K]
-    if own is None:
-        own = distance.detach().argmin(dim=1)
-    own = own.to(A.device, torch.int64)[:, None]  # [B, 1]
+    nearest = distance.detach().argmin(dim=1)
+    own = nearest if own is None else own.to(A.device, torch.int64)
+    own = torch.where(own < 0, nearest, own)[:, None]  # [B, 1]
     distance = distance / (2 * sigma2)
     others = (-distance).scatter(1, own, -torch.inf).logsumexp(dim=1)
     return (margin + distance.gather(1, own).squeeze(1) + others).clamp(min=0).mean()

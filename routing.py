@@ -1,16 +1,23 @@
 """The routed backbone: stem, nodes with their cells and gates, per-image routes, and what a route costs.
 
     backbone = RoutedBackbone(layers=16, width=64, gate="full")
-    features, A, cost = backbone(images)            # images [B, 3, H, W], H and W multiples of backbone.stride
+    features, A, cost = backbone(images)     # images [B, 3, H, W], H and W multiples of backbone.stride
 
-A grid of layers x scales: layer l has up to four (detection: five) nodes, node s works at scale s, that is at stride
-4·2^s with width·2^s channels. A node's *cell* transforms the sum of what arrives; its *gate* decides from the same
-sum, for each image by itself, which *paths* carry the result on: up to scale s-1, keep at s, down to s+1. So every
-image has an architecture of its own, described by its gate activations A(x).
+The network is a grid of layers x scales. Node s of a layer works at scale s: stride 4·2^s, width·2^s
+channels. Its *cell* transforms the sum of what arrives. Its *gate* looks at the same sum and gives each
+*path* a weight alpha: up to scale s-1, keep at s, down to s+1. The gates decide for each image by itself, so
+every image has an architecture of its own, A(x). Four words say what runs for an image:
 
-The space is that of Dynamic Routing (Li et al., CVPR 2020); A(x) and its clustering are those of DivDR (section 3).
-In evaluation the work behind closed gates is skipped, image by image; in training everything runs and is masked. Both
-follow the same rules and give the same result. This file needs nothing but torch: copy it.
+    open       A path is open where its alpha exceeds OPEN.
+    closed     A node is closed where its alphas sum to less than OPEN.
+    delivered  An open node delivers its cell's output, times alpha, along each of its paths.
+               A closed node delivers its input, as it is, along keep alone.
+    reached    A node is reached where something is delivered to it. Other nodes do not run; their A is 0.
+
+Training runs everything and multiplies by zero what is closed. Evaluation can skip closed work, image by
+image. Both follow these rules and give the same result.
+
+The space is that of Dynamic Routing (Li et al., CVPR 2020), A(x) that of DivDR, section 3. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -22,23 +29,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-UP, KEEP, DOWN = 0, 1, 2  # the order of a node's three entries in A; a path leads from scale s to scale s + path - 1
-OPEN = 1e-4  # a path is open where its alpha exceeds this, a node closed where its alphas sum to less
-STRIP = 32  # output rows of the stem worked on at a time in inference
-ALONE = 2**18  # numbers in an image's finest map from which on a CPU runs images one by one: no batch to gather
+UP, KEEP, DOWN = 0, 1, 2  # a node's three entries in A; a path leads from scale s to scale s + path - 1
+OPEN = 1e-4
+LARGE = 2**18  # numbers in an image's finest map; from here on a batch is evaluated image by image
 
 
 class Routes(NamedTuple):
-    """What the gates decided. Row 0 of every field is the init node, the rest are the nodes by layer, then scale."""
+    """What the gates decided. Row 0 is the init node; the others are the nodes by layer, then by scale."""
 
-    logits: Tensor  # [B, 1 + nodes, 3] before the non-linearity, 0 where a path does not exist or the node is not run
+    logits: Tensor  # [B, 1 + nodes, 3] before the non-linearity; 0 without a path and in nodes not reached
     alpha: Tensor  # [B, 1 + nodes, 3] in [0, 1): relu(tanh(logits))
-    reached: Tensor  # [B, 1 + nodes] bool: something was delivered to the node, so its gate ran
+    reached: Tensor  # [B, 1 + nodes] bool
+    weights: list[Tensor]  # per layer, init first: [B, n, 3], what paths are multiplied by; [] when skipping
 
     @property
     def A(self) -> Tensor:
-        """Gate activations [B, 3·nodes], per node (up, keep, down); the init node is not part of it."""
+        """Gate activations [B, 3·nodes], per node (up, keep, down), without the init node."""
         return self.alpha[:, 1:].flatten(1)
+
+    def activations(self, space: str = "alpha") -> Tensor:
+        """A(x), or for "logit" its values before the non-linearity (DivDR, supplement 7.2)."""
+        return self.A if space == "alpha" else self.logits[:, 1:].flatten(1)
+
+    def of_image(self, b: int) -> Routes:
+        """The routes of image `b` alone: [1, ...]."""
+        one = slice(b, b + 1)
+        return Routes(self.logits[one], self.alpha[one], self.reached[one], [])
 
 
 class Costs(NamedTuple):
@@ -48,80 +64,64 @@ class Costs(NamedTuple):
     cell: Tensor  # [1 + nodes]
     path: Tensor  # [1 + nodes, 3]
     gate: Tensor  # [1 + nodes]
-    every_gate: bool  # whether a node's gate is charged also where nothing reaches the node
+    every_gate: bool  # whether the gate of a node that is not reached counts too
 
     @property
     def budgeted(self) -> int:
-        """C_all of the budget: all cells and paths, open in full."""
+        """C_all of the budget: all cells and paths, fully open."""
         return int(self.cell.sum() + self.path.sum())
 
 
 def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
-    """Nodes of each layer: 2, 3, 4, 4, …, and `scales` in the last. (16) -> 61 nodes, (17, scales=5) -> 66.
+    """Nodes of each layer: 2, 3, 4, 4, ..., `scales` in the last. (16) has 61 in all, (17, scales=5) has 66.
 
-    Raises ValueError where the grid is too shallow for its coarsest scale to be reached.
+    Raises ValueError if the grid is too shallow to reach its coarsest scale.
     """
     if scales not in (4, 5) or layers < scales - 1:
-        raise ValueError(f"layers={layers}, scales={scales}: scales is 4 or 5, and layers at least scales - 1")
-    return [min(l + 2, 4) for l in range(layers - 1)] + [scales]
+        raise ValueError(f"layers={layers}, scales={scales}: scales is 4 or 5, layers at least scales - 1")
+    return [min(layer + 2, 4) for layer in range(layers - 1)] + [scales]
 
 
 def conv_bn(c_in: int, c_out: int, relu: bool = True, **conv) -> list[nn.Module]:
-    """Convolution without bias, batch norm and, unless told otherwise, ReLU."""
+    """Convolution without bias, batch norm and, by default, ReLU."""
     layers = [nn.Conv2d(c_in, c_out, bias=False, **conv), nn.BatchNorm2d(c_out)]
-    return layers + [nn.ReLU(inplace=True)] if relu else layers
+    if relu:
+        layers.append(nn.ReLU(inplace=True))
+    return layers
 
 
 def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) -> list[nn.Module]:
-    """Depthwise 3x3 and pointwise 1x1 convolution, then batch norm; no norm between the two."""
+    """Depthwise 3x3 and pointwise 1x1 convolution, then batch norm; there is no norm between the two."""
     depthwise = nn.Conv2d(c_in, c_in, 3, stride=stride, padding=1, groups=c_in, bias=False)
     return [depthwise, *conv_bn(c_in, c_out, relu, kernel_size=1)]
 
 
-class Stem(nn.Sequential):
-    """[B, 3, H, W] -> [B, width, H/4, W/4], H and W multiples of 4. The first convolution has no padding: 256 -> 127 -> 127 -> 64.
-
-    Without gradients, in evaluation, it works on strips of `STRIP` output rows: its maps at half the image's size are the
-    largest of the network, too large for a cache.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(
-            *conv_bn(3, width, kernel_size=3, stride=2),
-            *separable_conv(width, width),
-            *separable_conv(width, width, stride=2),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, out = x.shape[-2] // 4, None
-        if self.training or torch.is_grad_enabled() or rows <= STRIP:
-            return super().forward(x)
-        for first in range(0, rows, STRIP):
-            end = min(first + STRIP, rows)
-            above = min(first, 1)  # a row above and three pixels below are seen too; what padding made of them is left out
-            strip = super().forward(x[..., 4 * (first - above) : 4 * end + 3, :])[..., above : above + end - first, :]
-            if out is None:
-                out = _empty((len(x), strip.shape[1], rows, strip.shape[3]), like=strip)
-            out[..., first:end, :] = strip
-        return out
+def stem(width: int) -> nn.Sequential:
+    """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution is not padded: 256 -> 127 -> 127 -> 64."""
+    return nn.Sequential(
+        *conv_bn(3, width, kernel_size=3, stride=2),
+        *separable_conv(width, width),
+        *separable_conv(width, width, stride=2),
+    )
 
 
 class Cell(nn.Module):
-    """Two stacked separable convolutions plus identity, then ReLU; shape is kept."""
+    """Two stacked separable convolutions plus identity, then ReLU; the shape stays."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(*separable_conv(channels, channels), *separable_conv(channels, channels, relu=False))
+        first = separable_conv(channels, channels)
+        second = separable_conv(channels, channels, relu=False)
+        self.body = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x).add_(x).relu_()
 
 
 class Gate(nn.Module):
-    """[B, C, h, w] -> one logit per existing path, [B, paths], in the order keep, up, down.
+    """A node's input [B, C, h, w] -> one logit per path that exists, [B, paths], in the order keep, up, down.
 
-    It looks at the node's input. `small` shrinks that to a quarter of its height and width first, to 1 where less
-    than one pixel would be left.
+    `small`: the input is first shrunk to a quarter of its height and width, but to no less than one pixel.
     """
 
     def __init__(self, channels: int, paths: int, small: bool):
@@ -131,14 +131,14 @@ class Gate(nn.Module):
         self.decide = nn.Conv2d(channels // 2, paths, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.small:
-            if min(x.shape[-2:]) >= 4:
-                x = F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=False)
-            else:
-                size = [max(n // 4, 1) for n in x.shape[-2:]]
-                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        x = F.adaptive_avg_pool2d(self.features(x), 1)
-        return F.linear(x.flatten(1), self.decide.weight.flatten(1), self.decide.bias)  # a convolution costs more
+        if self.small and min(x.shape[-2:]) >= 4:
+            x = F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=False)
+        elif self.small:
+            size = [max(side // 4, 1) for side in x.shape[-2:]]
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)  # [B, C/2]
+        # On one pixel a linear layer does what the 1x1 convolution does, in less time.
+        return F.linear(pooled, self.decide.weight.flatten(1), self.decide.bias)
 
 
 class Node(nn.Module):
@@ -151,29 +151,29 @@ class Node(nn.Module):
         self.up = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1)) if up else None
         self.down = nn.Sequential(*conv_bn(channels, channels * 2, kernel_size=1)) if down else None
         self.gate = Gate(channels, 1 + up + down, small=gate == "small")
+        self.exists = (up, True, down)  # by path
 
     @property
     def paths(self) -> list[int]:
-        """The existing paths, in the order in which A holds them."""
-        return [UP] * (self.up is not None) + [KEEP] + [DOWN] * (self.down is not None)
+        """The paths that exist, in the order of A."""
+        return [path for path in (UP, KEEP, DOWN) if self.exists[path]]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Gate logits [B, 3] as (up, keep, down), 0 for a path that does not exist."""
+        """Gate logits [B, 3] as (up, keep, down), at least in float32; 0 for a path that does not exist."""
         gate = self.gate(x)
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # half precision is too coarse for OPEN
-        columns = [gate.new_zeros(len(gate))] * 3
-        order = [KEEP] + [path for path in self.paths if path != KEEP]
-        for path, column in zip(order, gate.unbind(1)):
-            columns[path] = column
-        return torch.stack(columns, 1)
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # half precision cannot tell OPEN
+        order = [path for path in (KEEP, UP, DOWN) if self.exists[path]]
+        column = dict(zip(order, gate.unbind(1)))
+        nothing = gate.new_zeros(len(gate))
+        return torch.stack([column.get(path, nothing) for path in (UP, KEEP, DOWN)], 1)
 
     def carry(self, path: int, h: Tensor, weight: Tensor) -> Tensor:
-        """What arrives at the other end of `path`, up or down, of the cell's output [B, C, h, w], times `weight` [B, 1, 1, 1]."""
-        if path == UP:  # weighted while it is small
-            return F.interpolate(_weighted(self.up(h), weight), scale_factor=2, mode="bilinear", align_corners=False)
-        # The stride of down is taken here: oneDNN's strided 1x1 convolution, in channels_last and with fewer than 8
-        # channels, writes past its buffers (seen with torch 2.15 on a CPU). Pooling 1x1, unlike h[..., ::2, ::2], has
-        # gradients in channels_last.
+        """Sends the cell's output [B, C, h, w] up or down one scale, multiplied by `weight` [B, 1, 1, 1]."""
+        if path == UP:
+            y = _weighted(self.up(h), weight)
+            return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+        # Pooling takes the stride: a strided 1x1 convolution of few channels in channels_last writes past its
+        # buffers (oneDNN in torch 2.15). Unlike h[..., ::2, ::2], pooling has a gradient in channels_last.
         return _weighted(self.down(F.avg_pool2d(h, 1, stride=2)), weight)
 
 
@@ -181,13 +181,13 @@ class RoutedBackbone(nn.Module):
     """Images [B, 3, H, W] -> (features, A, cost); see `forward`.
 
     Args:
-        layers: 16 gives the 61 nodes of Layer16, 33 those of Layer33; with `scales=5`, 17 gives the 66 of Layer17.
+        layers: 16 gives the 61 nodes of Layer16, 33 those of Layer33; with `scales=5`, 17 gives Layer17's 66.
         width: channels at stride 4, doubled with every coarser scale; even.
         gate: "full", or "small": the gate sees its input shrunk to a quarter.
-        scales: nodes of the last layer, 4 (segmentation, strides 4…32) or 5 (detection, strides 4…64).
+        scales: nodes of the last layer, 4 (segmentation, strides 4...32) or 5 (detection, strides 4...64).
 
-    Attributes:
-        nodes_per_layer, num_nodes, stride (the coarsest; H and W are multiples of it), channels (per output feature).
+    Attributes: nodes_per_layer, num_nodes, channels (of each output), stride (the coarsest; H and W are
+    multiples of it). Raises ValueError for sizes that cannot be built.
     """
 
     def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
@@ -202,19 +202,21 @@ class RoutedBackbone(nn.Module):
         self.stride = 4 * 2 ** (scales - 1)
         self.channels = [width * 2**s for s in range(scales)]
 
-        self.stem = Stem(width)
+        self.stem = stem(width)
         self.init = Node(width, up=False, down=True, gate=gate)
         self.layers = nn.ModuleList()
-        for here, after in zip(self.nodes_per_layer, self.nodes_per_layer[1:] + [0]):  # 0: the last layer only keeps
-            nodes = [Node(width * 2**s, up=s > 0 and after > 0, down=s + 1 < after, gate=gate) for s in range(here)]
-            self.layers.append(nn.ModuleList(nodes))
+        for here, after in zip(self.nodes_per_layer, self.nodes_per_layer[1:] + [0]):
+            layer = nn.ModuleList()  # the last one, which has no layer after it, only keeps
+            for s in range(here):
+                layer.append(Node(width * 2**s, up=s > 0 and after > 0, down=s + 1 < after, gate=gate))
+            self.layers.append(layer)
         self._costs: dict[tuple, Costs] = {}
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if isinstance(module, Gate):
-                nn.init.constant_(module.decide.bias, 1.5)  # every path starts open, tanh(1.5) = 0.905
+                nn.init.constant_(module.decide.bias, 1.5)  # every path starts open: tanh(1.5) = 0.905
 
     def all_nodes(self) -> list[Node]:
         """The init node, then the nodes by layer and scale: the rows of `Routes` and `Costs`."""
@@ -224,136 +226,147 @@ class RoutedBackbone(nn.Module):
         """Images [B, 3, H, W] -> features, A, cost.
 
         features: one tensor [B, width·2^s, H/4/2^s, W/4/2^s] per scale, fine to coarse.
-        A: gate activations [B, 3·nodes] in [0, 1), per node (up, keep, down), 0 where a path does not exist.
-        cost: [B] expected multiply-adds of cells and paths (paper count), differentiable: what the budget loss sees.
+        A: gate activations [B, 3·nodes] in [0, 1), per node (up, keep, down), 0 where there is no path.
+        cost: [B] expected multiply-adds of cells and paths (paper count), differentiable, for the budget.
 
-        Raises ValueError where H or W is not a multiple of `stride`.
+        Raises ValueError if H or W is not a multiple of `stride`.
         """
         features, routes = self.route(x)
         return features, routes.A, self.expected_cost(routes, *x.shape[-2:])
 
     def route(
-        self, x: Tensor, skip: bool | None = None, alpha: Tensor | None = None, probe: Tensor | None = None
+        self, x: Tensor, skip: bool | None = None, alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Routes]:
         """`forward` in full: features and every decision of the gates.
 
         Args:
-            skip: leave out the work behind closed gates, image by image; by default in evaluation. Costs one host
-                sync per layer.
-            alpha: [B, 1 + nodes, 3], used in place of what the gates say (they run all the same).
-            probe: [B, 1 + nodes, 3], zeros that are added to the weight of each path: after a backward pass, their
-                gradient says what the loss makes of more or less of it, closed ones too. Not with `skip`.
+            skip: run image by image, each without its closed work; waits for the device once per layer. By
+                default in evaluation, except for batches of small images, which take less time together.
+            alpha: [B, 1 + nodes, 3] in place of what the gates say; they run all the same.
         """
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"image of {x.shape[-2]}x{x.shape[-1]}: both must be multiples of {self.stride}")
-        skip = not self.training if skip is None else skip
-        if skip and probe is not None:
-            raise ValueError("a probe needs skip=False: closed paths are not run")
-        if skip and len(x) > 1 and x.device.type == "cpu" and self.width * x.shape[-2] * x.shape[-1] // 16 >= ALONE:
-            alphas = [None] * len(x) if alpha is None else alpha.expand(len(x), -1, -1).split(1)
-            features, routes = zip(*(self._run(*image, skip) for image in zip(x.split(1), alphas)))
-            return [torch.cat(f) for f in zip(*features)], Routes(*(torch.cat(parts) for parts in zip(*routes)))
-        return self._run(x, alpha, skip, probe)
+        batch, _, height, width = x.shape
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
+        if skip is None:
+            large = self.width * height * width // 16 >= LARGE
+            skip = not self.training and (batch == 1 or large)
+        if not skip:
+            return self._run_masked(x, alpha)
+        if batch == 1:
+            return self._run_skipping(x, alpha)
+        alphas = [None] * batch if alpha is None else alpha.split(1)
+        runs = [self._run_skipping(image, forced) for image, forced in zip(x.split(1), alphas)]
+        features, routes = zip(*runs)
+        logits, alpha, reached, _ = zip(*routes)
+        features = [torch.cat(maps) for maps in zip(*features)]
+        return features, Routes(torch.cat(logits), torch.cat(alpha), torch.cat(reached), [])
 
-    def _run(self, x: Tensor, alpha: Tensor | None, skip: bool, probe: Tensor | None = None) -> tuple[list[Tensor], Routes]:
-        """`route`, layer by layer, for all images together."""
-        arrived = [self.stem(x)]
-        reached = torch.ones(len(x), 1, dtype=torch.bool, device="cpu" if skip else x.device)
-        decided, first = [], 0
+    def _layers(self):
+        """The layers, the init node's first, each with the rows of its nodes in `Routes`."""
+        first = 0
         for layer in [[self.init], *self.layers]:
-            forced, probed = (None if given is None else given[:, first : first + len(layer)] for given in (alpha, probe))
-            if skip:
-                arrived, reached_next, logits, activations = self._skip_layer(layer, arrived, reached, forced)
-            else:
-                arrived, reached_next, logits, activations = self._mask_layer(layer, arrived, reached, forced, probed)
-            decided.append(Routes(logits, activations, reached.to(x.device, non_blocking=True)))
-            reached, first = reached_next, first + len(layer)
-        return arrived, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
+            yield layer, slice(first, first + len(layer))
+            first += len(layer)
 
-    # Both ways of running a layer take what arrived at its nodes (per node [B, C, h, w]), which images it reached
-    # [B, n], and alphas to use instead of the gates' [B, n, 3] or None. Both return what arrives at the next layer,
-    # whom that reaches, and the layer's logits and alphas [B, n, 3].
+    def _run_masked(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
+        """Runs everything and multiplies by zero what is closed."""
+        arrived = [self.stem(x)]  # per node of the layer: [B, C, h, w]
+        reached = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)  # [B, n]
+        decided = []
+        for layer, rows in self._layers():
+            logits = torch.stack([node.logits(y) for node, y in zip(layer, arrived)], 1)  # [B, n, 3]
+            logits = logits * reached[..., None]
+            alpha = _alpha(logits, layer, reached, forced, rows)
+            closed = alpha.sum(-1) < OPEN  # [B, n]
+            weights = alpha * (alpha > OPEN)
+            decided.append((logits, alpha, reached, weights))
 
-    def _mask_layer(self, layer, arrived, reached, forced, probe=None):
-        """Everything runs; what is closed is multiplied by zero. For training, and as the reference."""
-        logits = torch.stack([node.logits(x) for node, x in zip(layer, arrived)], 1) * reached[..., None]
-        alpha = _alpha(logits, layer, reached, forced)
-        closed = alpha.sum(-1) < OPEN  # [B, n]
-        weight = alpha * (alpha > OPEN)
-        if probe is not None:
-            weight = weight + probe * reached[..., None]
-        weight = weight.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
+            weight = weights.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
+            passes = closed.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 1, 1, 1]
+            following = [None] * _count_targets(layer)
+            for s, (node, y) in enumerate(zip(layer, arrived)):
+                h = node.cell(y)
+                for path in node.paths:
+                    if path != KEEP:
+                        _add(following, s + path - 1, node.carry(path, h, weight[:, s, path]))
+                _add(following, s, h, weight[:, s, KEEP])
+                _add(following, s, y, passes[:, s])
+            arrived, reached = following, _reached_next(layer, reached, closed)
+        logits, alpha, reached, weights = zip(*decided)
+        routes = Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), list(weights))
+        return arrived, routes
 
-        following: list = [None] * _count_targets(layer)
-        for s, (node, x) in enumerate(zip(layer, arrived)):
-            h = node.cell(x)
-            for path in node.paths:
-                if path != KEEP:
-                    _add(following, s + path - 1, node.carry(path, h, weight[:, s, path]))
-            _add(following, s, h, weight[:, s, KEEP])
-            _add(following, s, x, closed[:, s, None, None, None].to(x.dtype))  # a closed node delivers its input
-        return following, _reached_next(layer, reached, closed), logits, alpha
-
-    def _skip_layer(self, layer, arrived, reached, forced):
-        """Only what is open runs, each node and path for its own images: gather, run, scatter."""
-        batch, device = len(reached), arrived[0].device
+    def _run_skipping(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
+        """Runs what is open for one image [1, 3, H, W]."""
+        arrived = [self.stem(x)]  # per node of the layer: [1, C, h, w], or None where nothing was delivered
+        _, C, H, W = arrived[0].shape
         dtype = torch.promote_types(arrived[0].dtype, torch.float32)
-        logits = torch.zeros(batch, len(layer), 3, device=device, dtype=dtype)
-        arriving = [reached[:, s].nonzero().flatten().tolist() for s in range(len(layer))]
-        for s, node in enumerate(layer):
-            if arriving[s]:
-                logits[_index(arriving[s], logits), s] = node.logits(_take(arrived[s], arriving[s]))
-        alpha = _alpha(logits, layer, reached.to(device, non_blocking=True), forced)
-        host = alpha.detach().cpu()  # the layer's one sync: what runs next depends on these numbers
-        closed, opened = host.sum(-1) < OPEN, (host > OPEN).tolist()
+        no_logits = torch.zeros(1, 3, dtype=dtype, device=x.device)
 
-        following: list = [None] * _count_targets(layer)
-        _, channels, height, width = arrived[0].shape
-        for s, node in enumerate(layer):
-            x, arrived[s] = arrived[s], None  # no later node needs it
-            running = [image for image in arriving[s] if any(opened[image][s])]
-            passing = [image for image in arriving[s] if closed[image, s]]
-            if running:
-                h = node.cell(_take(x, running))
-                for path in sorted(node.paths, key=lambda path: path == KEEP):  # keep last: it may write over h
-                    using = [i for i, image in enumerate(running) if opened[image][s][path]]  # rows of h
-                    if using:
-                        images, y = [running[i] for i in using], _take(h, using)
-                        weight = alpha[_index(images, alpha), s, path, None, None, None].to(y.dtype)
-                        y = _weighted(y, weight) if path == KEEP else node.carry(path, y, weight)
-                        _scatter(following, s + path - 1, y, images, batch)
-                h = y = None  # the largest of what is held
-            if passing:  # a closed node delivers its input
-                _scatter(following, s, _take(x, passing), passing, batch)
-        for s, y in enumerate(following):  # a node may get nothing, or nothing but zeros from closed paths
-            if y is None:
-                following[s] = _empty((batch, channels * 2**s, height // 2**s, width // 2**s), like=x).zero_()
-        return following, _reached_next(layer, reached, closed), logits, alpha
+        def zeros(s):
+            y = x.new_zeros(1, C * 2**s, H // 2**s, W // 2**s)
+            return y.contiguous(memory_format=torch.channels_last)
+
+        reached = torch.ones(1, 1, dtype=torch.bool)  # [1, n], on the CPU like all that decides what runs
+        decided = []
+        for layer, rows in self._layers():
+            logits = [no_logits if y is None else node.logits(y) for node, y in zip(layer, arrived)]
+            logits = torch.stack(logits, 1)  # [1, n, 3]
+            reached_here = reached.to(x.device, non_blocking=True)
+            alpha = _alpha(logits, layer, reached_here, forced, rows)
+            decided.append((logits, alpha, reached_here))
+            host = alpha.detach().cpu()  # the layer's one wait for the device: what runs next depends on it
+            closed, opened = host.sum(-1) < OPEN, host > OPEN
+
+            following = [None] * _count_targets(layer)
+            for s, node in enumerate(layer):
+                y, arrived[s] = arrived[s], None  # frees the map: no later node needs it
+                if y is None:
+                    continue
+                if closed[0, s]:
+                    _add(following, s, y)
+                    continue
+                weight = alpha[:, s].to(y.dtype)[..., None, None, None]  # [1, 3, 1, 1, 1]
+                h = node.cell(y) if opened[0, s].any() else None
+                for path in node.paths:
+                    if path != KEEP and opened[0, s, path]:
+                        _add(following, s + path - 1, node.carry(path, h, weight[:, path]))
+                if opened[0, s, KEEP]:
+                    _add(following, s, h, weight[:, KEEP])
+            reached = _reached_next(layer, reached, closed)
+            for s in range(len(following)):
+                if following[s] is None and reached[0, s]:  # the closed paths of an open node deliver zeros
+                    following[s] = zeros(s)
+            arrived = following
+        features = [zeros(s) if y is None else y for s, y in enumerate(arrived)]
+        logits, alpha, reached = zip(*decided)
+        return features, Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), [])
 
     def costs(self, height: int, width: int, count: str = "paper") -> Costs:
         """Multiply-adds of every part for one image of `height` x `width` pixels.
 
         Args:
-            count: "paper", what the published code of Dynamic Routing reports: nominal map sizes, rounded down; every
-                gate, run or not; a ReLU with each path; nothing for the init node's cell and gate and for keep in the
-                last layer. "exact", what this code runs (sizes padded to `stride`; without the 3 % of the stem that strips
-                do twice). "conv", the convolutions of "exact" alone: half of what `torch.utils.flop_counter` counts.
+            count: "paper" is what the published code of Dynamic Routing reports: map sizes rounded down;
+                every gate, run or not; a ReLU with each path; nothing for the init node's cell and gate, nor
+                for keep in the last layer. "exact" is what runs here, at sizes padded to `stride`. "conv" is
+                the convolutions of "exact" alone: half of what `torch.utils.flop_counter` counts.
         """
+        if count not in ("paper", "exact", "conv"):
+            raise ValueError(f"count={count!r}: known counts are 'paper', 'exact' and 'conv'")
         key = (height, width, count)
         if key not in self._costs:
-            if count not in ("paper", "exact", "conv"):
-                raise ValueError(f"count={count!r}: known counts are 'paper', 'exact' and 'conv'")
             self._costs[key] = _count_costs(self, height, width, count)
         return self._costs[key]
 
     def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
-        """Multiply-adds [B] of cells and paths (paper count), each weighted by its alpha (a cell: its node's largest)."""
+        """Multiply-adds [B] (paper count), a path's times alpha, a cell's times its node's largest alpha."""
         costs, alpha = self.costs(height, width), routes.alpha
-        cell, path = costs.cell.to(alpha, non_blocking=True), costs.path.to(alpha, non_blocking=True)
+        cell = costs.cell.to(alpha, non_blocking=True)
+        path = costs.path.to(alpha, non_blocking=True)
         return (alpha.amax(-1) * cell).sum(1) + (alpha * path).sum((1, 2))
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
-        """Multiply-adds of each image by part: {"stem", "cells", "paths", "gates"} -> int64 [B], on the CPU."""
+        """Multiply-adds of each image by part: stem, cells, paths, gates, each int64 [B] on the CPU."""
         costs = self.costs(height, width, count)
         opened = (routes.alpha > OPEN).cpu()
         gated = torch.ones_like(routes.reached) if costs.every_gate else routes.reached
@@ -365,98 +378,64 @@ class RoutedBackbone(nn.Module):
         }
 
     def open_routes(self) -> Routes:
-        """The routes of one image with everything open, every alpha 1: [1, 1 + nodes, …]."""
-        alpha = torch.stack([_exists(node) for node in self.all_nodes()])[None].float()
-        return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool))
+        """The routes of one image with everything open, every alpha 1: [1, 1 + nodes, ...]."""
+        alpha = torch.tensor([node.exists for node in self.all_nodes()])[None].float()
+        return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool), [])
 
 
-def _exists(node: Node) -> Tensor:
-    """[3] bool: which of up, keep and down the node has."""
-    return torch.tensor([path in node.paths for path in (UP, KEEP, DOWN)])
-
-
-def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None) -> Tensor:
-    """Logits [B, n, 3] -> alpha = relu(tanh(logits)), 0 for what is not reached; or `forced`, under the same rules."""
+def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None, rows: slice) -> Tensor:
+    """Logits [B, n, 3] -> alpha = relu(tanh(logits)), or `forced`; 0 where there is no path or no input."""
     if forced is None:
         return F.relu(torch.tanh(logits)) * reached[..., None]
-    return forced * torch.stack([_exists(node) for node in layer]).to(forced) * reached[..., None]
+    exists = torch.tensor([node.exists for node in layer]).to(forced)
+    return forced[:, rows] * exists * reached[..., None]
 
 
 def _count_targets(layer) -> int:
-    """How many nodes the next layer has, as far as this one leads to them; the last layer keeps, to the outputs."""
-    return max(s + path for s, node in enumerate(layer) for path in node.paths)
+    """How many nodes the next layer has, or, after the last layer, how many outputs there are."""
+    return len(layer) + layer[-1].exists[DOWN]
 
 
 def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
-    """[B, n] -> [B, n_next]: an open node delivers along each of its paths, a closed one along keep alone."""
-    following = reached.new_zeros(len(reached), _count_targets(layer))
-    for s, node in enumerate(layer):
-        for path in node.paths:
-            following[:, s + path - 1] |= reached[:, s] if path == KEEP else reached[:, s] & ~closed[:, s]
-    return following
-
-
-def _empty(shape, like: Tensor) -> Tensor:
-    """A new map [B, C, h, w] in channels_last."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _index(images: list[int], rows_of: Tensor) -> Tensor | slice:
-    """What takes `images` out of a tensor [B, …]; all of them: a slice, which copies nothing."""
-    return slice(None) if len(images) == len(rows_of) else torch.tensor(images).to(rows_of.device, non_blocking=True)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, C·h·w], the same memory where x is channels_last: there images can be taken out and added up whole."""
-    return x.permute(0, 2, 3, 1).flatten(1)
-
-
-def _take(x: Tensor, images: list[int]) -> Tensor:
-    """Some images [m, C, h, w] of x [B, C, h, w]; nothing is copied for all of them."""
-    if len(images) == len(x):
-        return x
-    _, C, h, w = x.shape
-    return _flat(x).index_select(0, _index(images, x)).view(-1, h, w, C).permute(0, 3, 1, 2)
+    """[B, n] -> [B, n_next]: a reached node delivers along keep and, if not closed, along up and down."""
+    more = _count_targets(layer) - len(layer)
+    delivers = reached & ~closed
+    keep = F.pad(reached, (0, more))
+    up = F.pad(delivers[:, 1:], (0, more + 1))
+    down = F.pad(delivers, (1, more - 1))
+    return keep | up | down
 
 
 def _weighted(y: Tensor, weight: Tensor) -> Tensor:
-    """y times `weight`; without gradients written over y, which then nothing else may need."""
+    """y times `weight`; without gradients in place: the caller must not use y afterwards."""
     return y * weight if torch.is_grad_enabled() else y.mul_(weight)
 
 
 def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> None:
-    """Adds y, or y times `weight`, to what node `to` of the next layer gets; without gradients in place."""
+    """Adds y, or y times `weight`, to the input of the next layer's node `to`; without gradients in place."""
     total = following[to]
-    into = None if torch.is_grad_enabled() else total
     if total is None:
         following[to] = y if weight is None else _weighted(y, weight)
-    else:
-        following[to] = torch.add(total, y, out=into) if weight is None else torch.addcmul(total, y, weight, out=into)
-
-
-def _scatter(following: list, to: int, y: Tensor, images: list[int], batch: int) -> None:
-    """`_add` for y [m, C, h, w] of some images of a batch."""
-    if len(images) == batch:
-        return _add(following, to, y)
-    _, C, h, w = y.shape
-    total = _flat(_empty((batch, C, h, w), like=y).zero_() if following[to] is None else following[to])
+        return
     into = None if torch.is_grad_enabled() else total
-    total = torch.index_add(total, 0, _index(images, total), _flat(y), out=into)
-    following[to] = total.view(-1, h, w, C).permute(0, 3, 1, 2)
+    if weight is None:
+        following[to] = torch.add(total, y, out=into)
+    else:
+        following[to] = torch.addcmul(total, y, weight, out=into)  # one pass over the maps
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """For inference: folds batch norm into the convolution before it wherever an nn.Sequential of `network` has the two
-    in a row, as all in this file do, and returns the network.
+    """For inference: folds batch norm into the convolution before it, in every nn.Sequential of `network`.
 
-    The outputs stay the same to rounding. It cannot be trained afterwards, and its state dict is another.
+    Returns the network. Its outputs stay the same to rounding, but it can no longer be trained.
     """
     for sequence in network.modules():
-        if isinstance(sequence, nn.Sequential):
-            layers = list(sequence)
-            for i, (conv, norm) in enumerate(zip(layers[:-1], layers[1:])):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                    sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        if not isinstance(sequence, nn.Sequential):
+            continue
+        for i in range(len(sequence) - 1):
+            conv, norm = sequence[i], sequence[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return network.requires_grad_(False)
 
 
@@ -473,39 +452,50 @@ def conv_cost(c_in: int, c_out: int, h: int, w: int, k: int = 1, groups: int = 1
 
 def _count_costs(backbone: RoutedBackbone, height: int, width: int, count: str) -> Costs:
     """The table behind `RoutedBackbone.costs`."""
-    paper, C = count == "paper", backbone.width
-    once = 0 if count == "conv" else 1  # per element: ReLU and pooling 1, batch norm 2
+    C, paper = backbone.width, count == "paper"
+    counted = 0 if count == "conv" else 1  # per element: batch norm 2, ReLU and pooling 1
+
+    def norm(c, h, w):
+        return 2 * counted * c * h * w
+
+    def relu(c, h, w):
+        return counted * c * h * w
+
+    def separable(c, h, w):
+        return conv_cost(c, c, h, w, k=3, groups=c) + conv_cost(c, c, h, w) + norm(c, h, w)
+
     if paper:
-        halved = (height // 2, width // 2)
-        quartered = (halved[0] // 2, halved[1] // 2)
+        half = (height // 2, width // 2)
+        quarter = (half[0] // 2, half[1] // 2)
     else:
-        padded = [n + -n % backbone.stride for n in (height, width)]
-        halved = tuple((n - 3) // 2 + 1 for n in padded)  # the first convolution is not padded
-        quartered = tuple(n // 4 for n in padded)
-
-    def norm_relu(channels, h, w, relu=1):
-        return once * (2 + relu) * channels * h * w
-
-    stem = conv_cost(3, C, *halved, k=3) + norm_relu(C, *halved)
-    for size in (halved, quartered):
-        stem += conv_cost(C, C, *size, k=3, groups=C) + conv_cost(C, C, *size) + norm_relu(C, *size)
+        height, width = (side + -side % backbone.stride for side in (height, width))
+        half = ((height - 3) // 2 + 1, (width - 3) // 2 + 1)  # the first convolution is not padded
+        quarter = (height // 4, width // 4)
+    stem = conv_cost(3, C, *half, k=3) + norm(C, *half) + relu(C, *half)
+    stem += separable(C, *half) + relu(C, *half)
+    stem += separable(C, *quarter) + relu(C, *quarter)
 
     cells, paths, gates = [], [], []
+    last = list(backbone.layers[-1])
     for node in backbone.all_nodes():
-        c, scale = node.channels, node.channels // C
-        h, w = quartered[0] // scale, quartered[1] // scale
-        h_gate, w_gate = (max(h // 4, 1), max(w // 4, 1)) if node.gate.small else (h, w)
-        relu = once * c * h * w  # published: one with each path; here: one, in the cell
-        cell = 2 * (conv_cost(c, c, h, w, k=3, groups=c) + conv_cost(c, c, h, w)) + norm_relu(c, h, w)
-        cell += norm_relu(c, h, w, relu=0) + (0 if paper else relu)
-        up = conv_cost(c, c // 2, h, w) + norm_relu(c // 2, h, w)
-        down = conv_cost(c, c * 2, h // 2, w // 2) + norm_relu(c * 2, h // 2, w // 2)
-        path = (torch.tensor([up, 0, down]) + (relu if paper else 0)) * _exists(node)
-        gate = conv_cost(c, c // 2, h_gate, w_gate) + norm_relu(c // 2, h_gate, w_gate)
-        gate += once * c // 2 * h_gate * w_gate + c // 2 * len(node.paths)
+        c = node.channels
+        h, w = quarter[0] * C // c, quarter[1] * C // c
+        cell = 2 * separable(c, h, w) + relu(c, h, w)
+        per_path = relu(c, h, w)  # the published code has a ReLU with each path
+        if not paper:  # here there is one, at the end of the cell
+            cell, per_path = cell + per_path, 0
+        up = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
+        down = conv_cost(c, c * 2, h // 2, w // 2) + norm(c * 2, h // 2, w // 2) + relu(c * 2, h // 2, w // 2)
+        path = [up + per_path, per_path, down + per_path]
+        if node.gate.small:
+            h, w = max(h // 4, 1), max(w // 4, 1)
+        gate = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
+        gate += relu(c // 2, h, w) + c // 2 * len(node.paths)  # pooling, and the decision
         if paper and node is backbone.init:
             cell = gate = 0
-        if paper and node in list(backbone.layers[-1]):
-            path = path * 0
-        cells.append(cell), paths.append(path), gates.append(gate)
-    return Costs(stem, torch.tensor(cells), torch.stack(paths), torch.tensor(gates), every_gate=paper)
+        if paper and node in last:
+            path = [0, 0, 0]
+        cells.append(cell)
+        paths.append([cost * exists for cost, exists in zip(path, node.exists)])
+        gates.append(gate)
+    return Costs(stem, torch.tensor(cells), torch.tensor(paths), torch.tensor(gates), every_gate=paper)
