@@ -1,13 +1,19 @@
 """Evaluate checkpoints of train_seg.py and train_det.py: scores, tables, figures; or show what one predicts.
 
-    python evaluate.py runs/NAME/last.pt                         # scores, cost, experts; metrics.json,
-    experts.png python evaluate.py runs/NAME/last.pt --figures DIR           # every figure, as PDF and PNG
-    python evaluate.py runs/*/last.pt                            # one table, mean ± std over seeds python
-    evaluate.py runs/*/last.pt --published --figures DIR  # with the papers' numbers beside them python
-    evaluate.py runs/NAME/last.pt --split test --predictions DIR python evaluate.py FILE --variant dr-a
-    # a checkpoint of Dynamic Routing's authors python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER  #
-    colour overlays, and which expert took each torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt    #
-    each image counts once
+    # scores, cost and experts; writes metrics.json and experts.png
+    python evaluate.py runs/NAME/last.pt
+    # every figure, as PDF and PNG
+    python evaluate.py runs/NAME/last.pt --figures DIR
+    # one table, mean ± std over seeds, with the papers' numbers beside them
+    python evaluate.py runs/*/last.pt --published --format markdown
+    # predictions as label PNGs, for a data set's own tools
+    python evaluate.py runs/NAME/last.pt --split test --predictions DIR
+    # pictures with what is predicted on them, and which expert took each
+    python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER
+    # a checkpoint of Dynamic Routing's authors
+    python evaluate.py FILE --variant dr-a
+    # eight processes; each image counts once
+    torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt
 
 The checkpoint knows its network, data set and classes; flags override what can differ. What a split gave is
 kept beside the checkpoint, in NAME.SPLIT.activations: tables and figures take it from there. The first

@@ -1,12 +1,11 @@
 """What a network costs in multiply-adds, before it is trained, and in seconds.
 
-    python flops.py                                              # the published networks, everything open
-    python flops.py --variant divdr-a --size 1024 2048           # one network, part by part
-    python flops.py --variant dr-raw --size 360 480 --layers 8 --width 16 --classes 11
-    python flops.py --task detection --variant r50-fpn           # one detector: its backbone, and the whole
-    python flops.py speed                                        # inference, by how much of the network is
-    open python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp python flops.py kmeans --k
-    2 4 8                             # beside scikit-learn and faiss where installed
+    python flops.py                                      # the published networks, everything open
+    python flops.py --variant divdr-a --size 1024 2048   # one network, part by part
+    python flops.py --task detection --variant r50-fpn   # one detector: its backbone, and the whole
+    python flops.py speed                                # inference, by how much of the network is open
+    python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp
+    python flops.py kmeans --k 2 4 8                     # beside scikit-learn and faiss where installed
 
 Two counts: "paper", as the published code of Dynamic Routing reports it, and "exact", what this code runs.
 Both count multiply-adds, in G (10^9); with every gate open they are upper bounds of what an image costs.

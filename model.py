@@ -661,11 +661,19 @@ def load_published(path: Path | str, variant: str, device: torch.device) -> tupl
 # ============ what every command does ============
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and adds a flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        nothing = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if nothing else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, without the usage in front of it."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, formatter_class=Help)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")

@@ -1,6 +1,6 @@
 """The test suite: `python -m pytest -q test_smoke.py`, a few minutes on two cores.
 
-In the order of the paper: routes, cost, losses, K-means, the alternation, data, detection, evaluation, resuming.
+In the order of the paper: routes, cost, losses, K-means, alternation, data, detection, evaluation, resuming.
 Each part opens with its oracle: the same thing written out plainly, which the code has to equal.
 """
 

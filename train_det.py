@@ -1,14 +1,17 @@
 """Train a detector on a routed network: alternate SGD and K-means over the gate activations.
 
-    python train_det.py --dataset shapes                                    # nothing to download; a CPU is
-    enough python train_det.py --data DIR --variant divdr-raw --masks              # one process; CUDA or CPU
-    torchrun --nproc_per_node 8 train_det.py --variant divdr-a              # one machine with 8 GPUs, COCO
-    2017 torchrun --nproc_per_node 8 train_det.py --variant r50-fpn --init resnet50-0676ba61.pth   # the
-    baseline python train_det.py --train-json A.json --train-images DIR_A --val-json B.json --val-images DIR_B
+    # a data set that is made on the fly; a CPU is enough
+    python train_det.py --dataset shapes
+    # one process; CUDA or CPU, as found; with instance segmentation
+    python train_det.py --data DIR --variant divdr-raw --masks
+    # one machine with 8 GPUs, COCO 2017
+    torchrun --nproc_per_node 8 train_det.py --variant divdr-a
+    # torchvision's ResNet-50-FPN through the same loop
+    torchrun --nproc_per_node 8 train_det.py --variant r50-fpn --init resnet50-0676ba61.pth
+    # your own data in COCO's format
+    python train_det.py --train-json A.json --train-images DIR_A --val-json B.json --val-images DIR_B
 
---masks adds instance segmentation (Mask R-CNN in place of Faster R-CNN). A run writes to runs/NAME:
-config.json (every resolved value), log.jsonl (one line per event), last.pt and best.pt. What this loop shares
-with the one for segmentation is in train_seg.py.
+A run writes to runs/NAME what train_seg.py does. What the two loops share is in train_seg.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """Train a routed network for semantic segmentation: alternate SGD and K-means over the gate activations.
 
-    python train_seg.py --dataset shapes                                    # nothing to download; a CPU is
-    enough python train_seg.py --dataset camvid --data DIR --variant divdr-raw     # one process; CUDA, MPS or
-    CPU torchrun --nproc_per_node 8 train_seg.py --variant divdr-a              # one machine with 8 GPUs,
-    Cityscapes torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500
-    train_seg.py
+    # a data set that is made on the fly; a CPU is enough
+    python train_seg.py --dataset shapes
+    # one process; CUDA, MPS or CPU, as found
+    python train_seg.py --dataset camvid --data DIR --variant divdr-raw
+    # one machine with 8 GPUs, Cityscapes
+    torchrun --nproc_per_node 8 train_seg.py --variant divdr-a
+    # two machines, the same on each; the runs folder is on a disk that both share
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
 
-A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt,
+A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and
 best.pt. Stopped, it goes on with the same command and --resume.
 """
 
@@ -46,21 +49,19 @@ from routing import Routes
 RECIPES = {
     "cityscapes": dict(
         layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200,
-        kmeans_restarts=0, own="nearest", bank_momentum=0.0,
-    ),
+        kmeans_restarts=0, own="nearest", bank_momentum=0.0),
     "camvid": dict(
         layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100,
-        kmeans_restarts=0, own="nearest", bank_momentum=0.0, lambda2=0.02,
-    ),
+        kmeans_restarts=0, own="nearest", bank_momentum=0.0, lambda2=0.02),
     "shapes": dict(
         layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50,
-        kmeans_restarts=4, own="bank", bank_momentum=0.5, lambda2=0.02,
-    ),
+        kmeans_restarts=4, own="bank", bank_momentum=0.5, lambda2=0.02),
 }
 for name, recipe in RECIPES.items():
     info = data.SEGMENTATION[name]
-    recipe |= dict(data=info.root, crop=info.crop, short_sides=info.short_sides, batch=info.batch)
-    recipe |= dict(eval_batch=info.eval_batch)
+    recipe["data"] = info.root
+    for key in ("crop", "short_sides", "batch", "eval_batch"):
+        recipe[key] = getattr(info, key)
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def shared_settings(argv, description: str, task: str, recipes: dict[str, dict]) -> Parser:
-    """The settings of both training scripts. Defaults are those of the --dataset and --variant in `argv`."""
+    """The settings of both training scripts, with the defaults of the --dataset and --variant in `argv`."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=next(iter(recipes)))
     first.add_argument("--variant", default="divdr-a")
@@ -94,7 +95,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--out", default="runs", help="where run folders are made")
     add("--seed", type=number(int, 0), default=0, help="seeds weights, data order, augmentation, K-means++")
     add("--resume", nargs="?", const="yes", choices=["yes", "auto"],
-        help="go on with the run of this name from where it was saved; auto: if there is one, else start it")
+        help="go on with this run from where it was saved; auto: if there is one, else start it")
     add("--log-every", type=number(int, 1), default=50, help="iterations between lines of the log")
     add("--eval-every", type=number(int, 1), help="iterations between evaluations on val")
     add("--save-every", type=number(int, 1), default=500, help="iterations between checkpoints")
@@ -103,31 +104,26 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--dataset", choices=list(recipes), default=chosen.dataset, help="data set; sets defaults of its own")
     add("--data", help="its folder; shapes needs none")
     add("--short-sides", type=number(int, 16), nargs="+",
-        help="in training the short side becomes one of these, drawn at random; a detector is evaluated with "
-             "the last one")
+        help="the short side becomes one of these, drawn at random; a detector is evaluated with the last")
     add("--subsets", type=number(int, 2, 4), help="shapes: known subsets among the images, 3 by default")
     add("--size", type=number(int, 32), help="shapes: side of the images, a multiple of 32")
     add("--hard", action="store_true", help="shapes: the subsets differ in object scale alone")
-    add("--jitter", action="store_true",
-        help="training images change their look: brightness, contrast, colour, negative, blur, noise")
-    add("--workers", type=number(int, 0), default=min(4, cores_per_process() // 2),
-        help="loader processes per training process")
+    add("--jitter", action="store_true", help="training images change their look, see data.photometric")
+    workers = min(4, cores_per_process() // 2)
+    add("--workers", type=number(int, 0), default=workers, help="loader processes per training process")
 
     add = parser.add_argument_group("model").add_argument
     add("--variant", choices=variants_of(task), default=chosen.variant, help="row of the method's table")
     add("--layers", type=int, help="layers of the routed backbone")
     add("--width", type=int, help="channels at stride 4")
     add("--gate", choices=["full", "small"], help="what a gate looks at")
-    add("--init",
-        help="start from the weights in this file: a checkpoint of ours, for either task, or of Dynamic "
-             "Routing's authors; r50-fpn: torchvision's ImageNet weights of ResNet-50")
+    add("--init", help="start from the weights in this file, see model.initialize")
 
     add = parser.add_argument_group("optimiser").add_argument
     add("--iters", type=number(int, 1), help="SGD steps")
     add("--batch", type=number(int, 1), help="images per step over all processes")
     add("--lr", type=number(float, 0), help="learning rate after warm-up")
-    add("--warmup", type=number(int, 0),
-        help="steps of linear warm-up from 0.001 x lr; by default at most a tenth of --iters")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up from 0.001 x lr, at most --iters / 10")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="weight decay; norm weights have none")
     add("--clip", type=number(float, 0), default=5.0, help="largest gradient norm")
@@ -136,36 +132,27 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
-    add("--lambda2-start", type=number(float, 0, 1), default=0.0,
-        help="share of training that passes before the clustering loss begins")
-    add("--margin", type=number(float, 0), default=5.0,
-        help="margin of the clustering loss (alpha in eq. 2), in units of distance / 2 sigma^2")
+    add("--lambda2-start", type=number(float, 0, 1), default=0.0, help="share of training without that loss")
+    add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
-    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
-        help="factor by which that interval has grown at the end of training")
+    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0, help="growth of that interval by the end")
     add("--kmeans-restarts", type=number(int, 0), help="K-means++ starts tried beside the last centres")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
-    add("--bank-momentum", type=number(float, 0, 0.999),
-        help="share of a sample's kept activations that stays when it is seen again")
+    add("--bank-momentum", type=number(float, 0, 0.999), help="see kmeans.ActivationBank")
     add("--own", choices=["nearest", "bank"],
-        help="the centre that an image is pulled to: the nearest at each step, or that of its cluster at the "
-             "last K-means update")
+        help="an image is pulled to the nearest centre, or to that of its cluster at the last K-means update")
     add("--metric", choices=["plain", "task"], default="plain",
         help="distances between architectures: plain, or each gate counts as much as the task depends on it")
-    add("--oracle", action="store_true",
-        help="shapes: tell the method the true subsets; their means are the centres")
-    add("--gate-space", choices=["alpha", "logit"], default="alpha",
-        help="cluster gates after or before their non-linearity")
+    add("--oracle", action="store_true", help="shapes: the means of the true subsets are the centres")
+    add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster gates before their tanh")
 
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="forward pass in bfloat16; by default on GPUs that have it")
+    add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16; by default on GPUs with it")
     add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
-    add("--bn-batches", type=number(int, 1),
-        help="training batches that batch norm is re-estimated on before evaluation")
+    add("--bn-batches", type=number(int, 1), help="batches to re-estimate batch norm on before evaluation")
     add("--eval-batch", type=number(int, 1), help="images at a time in evaluation")
     return parser
 
@@ -189,24 +176,21 @@ def shapes_options(config: argparse.Namespace) -> dict:
 
 def check_settings(config: argparse.Namespace, process: Process) -> None:
     """Raises InputError for settings that do not go together; settles --amp."""
-    variant, device = config.variant, process.device
+    variant, device, static = config.variant, process.device, VARIANTS[config.variant].gate is None
     if config.batch == 1 or config.batch // process.world == 1 and device.type != "cuda":
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
-    if VARIANTS[variant].gate is None and (config.lambda1 or config.lambda2):
+    if static and (config.lambda1 or config.lambda2):
         raise InputError(f"--lambda1 and --lambda2: do not apply to {variant}, which has no gates")
-    if config.init and VARIANTS[variant].gate is None and variant != "r50-fpn":
+    if static and config.init and variant != "r50-fpn":
         raise InputError(f"--init {config.init}: starts routed networks and r50-fpn, not {variant}")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.metric == "task" and (config.gate_space == "logit" or config.compile):
         raise InputError("--metric task: does not go with --gate-space logit, nor with --compile")
-    has_bfloat16 = device.type == "cpu"
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.amp and not has_bfloat16:
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.amp and not on_gpu and device.type != "cpu":
         raise InputError(f"--amp: {device} has no bfloat16; leave it out")
-    if config.amp is None:
-        config.amp = has_bfloat16 and device.type == "cuda"
+    config.amp = on_gpu if config.amp is None else config.amp
 
 
 # ============ training ============
@@ -378,8 +362,7 @@ def distribute(model: nn.Module, process: Process, compile: bool = False) -> nn.
 
 
 def make_optimizer(model: nn.Module, config: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum; norm layers have no weight decay. Fused, on CPU and CUDA: one pass over the
-    weights."""
+    """SGD with momentum, in one pass over the weights; norm layers have no weight decay."""
     norm, rest = [], []
     for module in model.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -396,8 +379,7 @@ def warm_up(config: argparse.Namespace, step: int) -> float:
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, world: int) -> Tensor:
-    """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over the labelled pixels of all ranks; 0 without
-    any.
+    """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over the labelled pixels of all ranks, 0 if none.
 
     Each rank has its own pixels' share times the number of ranks: DistributedDataParallel takes the mean.
     """
