@@ -10,8 +10,9 @@
         images = [as_float(image.cuda()) for image in images]  # lists: images differ in size
         ...  # targets: dicts of boxes, labels and masks
 
-Another data set of images and label PNGs is one entry of `SEGMENTATION`. One of another layout is a
-torch.utils.data.Dataset that `segmentation_dataset` returns, with
+Another data set of images and label PNGs is one entry of `SEGMENTATION` and, for a recipe of its own, one of
+RECIPES in train_seg.py. One of another layout is a torch.utils.data.Dataset that `segmentation_dataset`
+returns, with
     items              (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index)
     .info              a `DatasetInfo`: classes, palette, defaults
     .image_name(i)     by which reports and predictions know image i

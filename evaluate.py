@@ -27,6 +27,7 @@ import contextlib
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -117,7 +118,8 @@ class SegmentationResult:
     def scores(self) -> dict:
         """mIoU and IoU by class on 0..1, None for a class that does not occur."""
         iou = [None if math.isnan(value) else value for value in self.iou().tolist()]
-        return {"miou": self.miou(), "iou": iou}
+        miou = self.miou()
+        return {"miou": None if math.isnan(miou) else miou, "iou": iou}
 
 
 @torch.no_grad()
@@ -143,8 +145,7 @@ def evaluate_segmentation(
         for count in model.counts:
             parts = model.real_cost(out.routes, *images.shape[-2:], count)
             cost[count] = sum(parts.values()).expand(len(index))
-        A = out.routes.activations(gate_space) if model.dim else out.A
-        rows.append((index, A.cpu(), cost))
+        rows.append((index, out.routes.activations(gate_space).cpu(), cost))
         if save:
             for i, labels in zip(index.tolist(), prediction.to(torch.uint8)):
                 save(i, labels)
@@ -184,9 +185,9 @@ def evaluate_detection(
     rows = []  # per image: index, detections, A, cost of the backbone by count
     for images, _, index in tqdm(loader, "evaluating", disable=process.rank > 0, leave=False):
         out = network([data.as_float(image.to(process.device)) for image in images])
-        A = (out.routes.activations(gate_space) if model.dim else out.A).cpu()
+        A = out.routes.activations(gate_space).cpu()
         for b, i in enumerate(index.tolist()):
-            routes = out.routes.of_image(b) if model.dim else None
+            routes = out.routes.of_image(b)
             sizes = {count: (*out.sizes[b], count) for count in model.counts}
             sizes["paper at 800x800"] = (800, 800, "paper")
             cost = {name: sum(model.real_cost(routes, *size).values()).item() for name, size in sizes.items()}
@@ -268,8 +269,9 @@ def open_checkpoint(arguments: argparse.Namespace, path: Path, process: Process)
     else:
         model, checkpoint = load_checkpoint(path, process.device)
     needed = {"task", "dataset", "data", "data_options", "classes", "palette", "config", "bank"}
-    if not needed <= checkpoint.keys():
-        raise InputError(f"{path}: no whole checkpoint; give a file of train_seg.py or train_det.py")
+    if not needed <= checkpoint.keys() or "clusters" not in checkpoint["bank"]:
+        wanted = "give a file of this version's train_seg.py or train_det.py"
+        raise InputError(f"{path}: no whole checkpoint; {wanted}")
     for flag in ("predictions",) if checkpoint["task"] == "detection" else ("json", "images", "limit"):
         if getattr(arguments, flag):
             raise InputError(f"--{flag}: does not apply to {path}, a checkpoint for {checkpoint['task']}")
@@ -331,21 +333,24 @@ class SplitResult:
 def measure(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
     """What `dataset` gives: kept beside the checkpoint, or computed and then kept there.
 
-    What is kept counts while it is newer than the checkpoint and of the same split and data flags.
+    What is kept counts for the same files, unchanged, and the same flags; only one process alone takes it.
     """
     path = checkpoint["path"].with_name(f"{checkpoint['path'].stem}.{arguments.split}.activations")
-    names = ("variant", "dataset", "data", "json", "images", "limit")
-    flags = json.dumps({name: getattr(arguments, name) for name in names})
-    wanted = (arguments.table or arguments.figures) and not arguments.predictions and path.exists()
-    if wanted and path.stat().st_mtime_ns > checkpoint["path"].stat().st_mtime_ns:
+    names = ("variant", "dataset", "data", "json", "images", "limit", "eval_batch")
+    origin = {name: getattr(arguments, name) for name in names}
+    for file in filter(None, [checkpoint["path"], arguments.json]):
+        origin[str(file)] = os.stat(file).st_size, os.stat(file).st_mtime_ns
+    origin = json.dumps(origin)
+    wanted = (arguments.table or arguments.figures) and not arguments.predictions
+    if wanted and process.world == 1 and path.exists():
         kept = read_file(path, "kept activations; remove it")
-        if kept["flags"] == flags:
+        if kept.get("origin") == origin:
             return SplitResult(**kept["result"])
     score = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
     result = score(arguments, model, checkpoint, dataset, process)
     if process.rank == 0:
         temporary = path.with_name(path.name + ".tmp")
-        torch.save({"flags": flags, "result": vars(result)}, temporary)
+        torch.save({"origin": origin, "result": vars(result)}, temporary)
         os.replace(temporary, path)
     return result
 
@@ -385,7 +390,7 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
     metrics, tables = {"detections": len(result.detections)}, []
     for name, kind in (("box", "bbox"), ("mask", "segm"))[: 1 + checkpoint["model_args"]["masks"]]:
         metrics[name], table = None, "no labels\n"  # a test split has none
-        if dataset.coco.anns:
+        if dataset.coco.anns and process.rank == 0:
             scores, table = average_precision(dataset, result.detections, kind)
             metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
         tables.append(f"{name}, {arguments.split}, by pycocotools, over {len(result.A)} images\n{table}")
@@ -450,6 +455,11 @@ class RunResult:
         """[N] multiply-adds of a routed network on each image at its own size, paper count."""
         return self.result.flops["paper"]
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What tables and figures show, by column."""
+        return numbers_of(self.metrics)
+
 
 def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     """Evaluates on a split; the first process writes metrics.json beside the checkpoint.
@@ -461,7 +471,8 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     result = measure(arguments, model, checkpoint, dataset, process)
     clusters = checkpoint["clusters"]
     if model.dim and clusters is None:
-        print(f"{path}: has no centres: clustering this split instead", file=sys.stderr)
+        if process.rank == 0:
+            print(f"{path}: has no centres: clustering this split instead", file=sys.stderr)
         k = min(checkpoint["config"]["k"], len(result.A))
         centers, labels, _ = kmeans(result.A, k)
         clusters = Clusters(centers, labels, 0.0, labels.bincount(minlength=k).tolist())
@@ -487,8 +498,8 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
         print_report(run)
         print(f"\nwrote {path.with_name('metrics.json')}")
         if clusters is not None:
-            scene = Scene(model, checkpoint, dataset, process, arguments.min_score)
-            draw_experts(run, [run], scene).savefig(path.with_name("experts.png"), dpi=130)
+            viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
+            draw_experts(run, [run], viewer).savefig(path.with_name("experts.png"), dpi=130)
             print(f"wrote {path.with_name('experts.png')}")
     return run
 
@@ -591,7 +602,7 @@ def print_recovery(recovered: dict) -> None:
 
 
 @dataclass
-class Scene:
+class Viewer:
     """What it takes to show what a checkpoint predicts."""
 
     model: torch.nn.Module
@@ -651,10 +662,10 @@ def to_rgb(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def show(arguments: argparse.Namespace, scene: Scene) -> None:
+def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
     """Writes each picture of --image with its prediction and its expert on it; with --figures also its
     route."""
-    source, model, checkpoint = arguments.image, scene.model, scene.checkpoint
+    source, model, checkpoint = arguments.image, viewer.model, viewer.checkpoint
     paths = [source]
     if not source.is_file():
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
@@ -664,7 +675,7 @@ def show(arguments: argparse.Namespace, scene: Scene) -> None:
     clusters, count = checkpoint["clusters"], model.counts[0]
     for path in paths:
         image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-        out, overlay = scene.predict(image, names=True)
+        out, overlay = viewer.predict(image, names=True)
         size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
         gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
         words = f"{gflops:.3g} GFLOPs ({count})"
@@ -693,14 +704,16 @@ METHODS = {
     "divdr-raw": "DivDR-Raw", "deeplabv3-r101": "DeepLabV3", "r50-fpn": "R-CNN",
 }
 STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
-SCORES = {"segmentation": ("mIoU",), "detection": ("box AP", "mask AP")}
-MEASURES = ("GFLOPs", "Inter", "Intra", "Recovered")  # the last: % of images, of subsets that are known
+SCORES = ("mIoU", "box AP", "mask AP")
+COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "Recovered")  # the last: % of known subsets
 SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2"}
-# Settings that may differ between runs that are averaged, and those that the method's name tells.
-SAME_SETTING = {
-    "out", "name", "seed", "resume", "data", "workers", "device", "compile", "save_every", "eval_batch",
-    "init", "train_json", "train_images", "val_json", "val_images", "log_every", "eval_every",
+# Settings that do not decide what comes out, those that runs which are averaged may differ in, and those that
+# the method's name tells.
+FREE = {
+    "out", "name", "resume", "data", "workers", "device", "compile", "save_every", "eval_batch", "init",
+    "train_json", "train_images", "val_json", "val_images",
 }
+SAME_SETTING = FREE | {"seed", "log_every", "eval_every"}
 OF_VARIANT = {"gate", "lambda1", "budget", "lambda2"}
 
 
@@ -715,17 +728,23 @@ def table_count(counts) -> str:
     return next(count for count in ("paper at 800x800", "paper", "exact") if count in counts)
 
 
-def measured(run: RunResult, column: str) -> float | None:
-    """A number of the tables: a score or recovered subsets in %, GFLOPs per image, inter, intra; None
-    without."""
-    metrics = run.metrics
-    if column in ("box AP", "mask AP"):
-        return (metrics.get(column.split()[0]) or {}).get("AP")
-    if column == "Recovered":
-        return metrics.get("subsets", {}).get("accuracy")
-    if column == "GFLOPs":
-        return metrics["gflops"][table_count(metrics["gflops"])]["mean"]
-    return metrics.get(column.lower())
+def numbers_of(metrics: dict) -> dict[str, float]:
+    """What tables and figures show of a run, by column: scores in %, GFLOPs per image, distances."""
+    numbers = {
+        "mIoU": metrics.get("miou"),
+        "box AP": (metrics.get("box") or {}).get("AP"),
+        "mask AP": (metrics.get("mask") or {}).get("AP"),
+        "GFLOPs": metrics["gflops"][table_count(metrics["gflops"])]["mean"],
+        "Inter": metrics.get("inter"),
+        "Intra": metrics.get("intra"),
+        "Recovered": metrics.get("subsets", {}).get("accuracy"),
+    }
+    return {column: number for column, number in numbers.items() if number is not None}
+
+
+def columns_of(runs: list[RunResult]) -> list[str]:
+    """The columns in which any of the runs has a number."""
+    return [column for column in COLUMNS if any(column in run.numbers for run in runs)]
 
 
 @dataclass
@@ -760,8 +779,8 @@ class Setting:
         return f"Layer{layers}" + (f", width {width}" if width != 64 else "")
 
     def mean_std(self, column: str) -> tuple[float, float | None] | None:
-        """Over the runs; the deviation, with n - 1, is None for a single run."""
-        values = [value for run in self.runs if (value := measured(run, column)) is not None]
+        """Over the runs that have the number; the deviation, with n - 1, is None for a single run."""
+        values = [run.numbers[column] for run in self.runs if column in run.numbers]
         if not values:
             return None
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
@@ -780,13 +799,14 @@ def show_value(value) -> str:
 def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Setting]:
     """All seeds of one configuration together, and whatever the setting `apart_from` is, if one is named."""
     ignored = SAME_SETTING | {apart_from}
-    groups: dict[str, list[RunResult]] = {}
+    groups: dict[str, Setting] = {}
     for run in runs:
         facts = run.checkpoint["config"] | {"variant": run.variant}
-        key = {name: value for name, value in facts.items() if name not in ignored}
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+        facts = {name: value for name, value in facts.items() if name not in ignored}
+        key = json.dumps(facts, sort_keys=True)
+        groups.setdefault(key, Setting([], {})).runs.append(run)
+    settings = list(groups.values())
 
-    settings = [Setting(group, {}) for group in groups.values()]
     names = ["k", "margin", "lambda2", *(name for setting in settings for name in setting.config)]
     for name in dict.fromkeys(names):
         if name in ignored | {"variant", "layers", "width"}:  # the first columns tell these
@@ -807,45 +827,34 @@ def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Set
 
 
 def make_table(runs: list[RunResult], published: bool) -> list[list[str]]:
-    """Header and rows, one for each setting, then the papers', as text; columns without a number are left
-    out."""
-    settings, split = group_runs(runs), runs[0].metrics["split"]
-    stats = {}
-    for name in SCORES[runs[0].task] + MEASURES:
-        column = [setting.mean_std(name) for setting in settings]
-        if any(column):
-            stats[name] = column
-    scores = [name for name in SCORES[runs[0].task] if name in stats]
-    paper = published_rows(scores) if published else []
+    """Header and rows as text: one for each setting, then the papers'. Empty columns are left out."""
+    settings, columns, split = group_runs(runs), columns_of(runs), runs[0].metrics["split"]
+    paper = published_rows(columns) if published else []
     told = list(settings[0].differing)
     if any(row["k"] for row in paper) and "k" not in told:
         told.append("k")
-    titles = [f"{name} {split}" if name in scores else name for name in stats]
+    places = dict.fromkeys(columns, 2) | {"GFLOPs": digits(run.numbers["GFLOPs"] for run in runs)}
+    titles = [f"{name} {split}" if name in SCORES else name for name in columns]
     table = [["Method", "Backbone", *map(setting_name, told), *titles, "Seeds"]]
-    for i, setting in enumerate(settings):
-        values = {"k": setting.config.get("k") if setting.runs[0].grid else None} | setting.differing
-        cells = [show_value(values[name]) for name in told]
-        for name, column in stats.items():
-            places = digits(stat[0] for stat in column) if name == "GFLOPs" else 2
-            numbers = column[i] or (None, None)
-            cells.append(with_deviation(*(None if x is None else f"{x:.{places}f}" for x in numbers)))
-        table.append([setting.method, setting.backbone, *cells, str(len(setting.runs))])
+    for setting in settings:
+        row = [setting.method, setting.backbone]
+        row += [show_value(setting.config.get(name)) for name in told]
+        for column in columns:
+            mean, deviation = setting.mean_std(column) or (None, None)
+            cell = "–" if mean is None else f"{mean:.{places[column]}f}"
+            row.append(cell if deviation is None else f"{cell} ± {deviation:.{places[column]}f}")
+        table.append([*row, str(len(setting.runs))])
     for row in paper:
-        numbers = {"k": row["k"], "Inter": row["inter"], "Intra": row["intra"]}
-        numbers[row["measure"]] = with_deviation(row["score"], row["score_std"])
-        numbers["GFLOPs"] = with_deviation(row["gflops"], row["gflops_std"])
-        cells = [numbers.get(name) or "–" for name in [*told, *stats]]
-        table.append([f"{row['method']} ({row['source']})", row["backbone"], *cells, "–"])
+        cells = {"k": row["k"], "Inter": row["inter"], "Intra": row["intra"]}
+        for column, key in ((row["measure"], "score"), ("GFLOPs", "gflops")):
+            cells[column] = f"{row[key]} ± {row[f'{key}_std']}" if row[f"{key}_std"] else row[key]
+        numbers = [cells.get(name) or "–" for name in [*told, *columns]]
+        table.append([f"{row['method']} ({row['source']})", row["backbone"], *numbers, "–"])
     return table
 
 
-def with_deviation(mean: str | None, deviation: str | None) -> str:
-    return f"{mean} ± {deviation}" if deviation else mean or "–"
-
-
 def render(rows: list[list[str]], form: str) -> str:
-    """Header and rows as "text", "markdown" or "latex"; the first two columns to the left, others to the
-    right."""
+    """Header and rows as "text", "markdown" or "latex", with the first two columns flush left."""
     if form == "latex":
         marks = {"±": r"$\pm$", "λ1": r"$\lambda_1$", "λ2": r"$\lambda_2$", "–": "--", "_": r"\_"}
         pattern = re.compile("|".join(marks))
@@ -855,8 +864,9 @@ def render(rows: list[list[str]], form: str) -> str:
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
-        lines.append(left + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])])
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[:2] = [cell.ljust(width) for cell, width in zip(row, widths[:2])]
+        lines.append(cells)
     if form == "text":
         return "\n".join("  ".join(cells).rstrip() for cells in lines)
     rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
@@ -876,6 +886,11 @@ def print_tables(arguments: argparse.Namespace, runs: list[RunResult]) -> None:
         if arguments.published:
             note += " Rows with a source: Cityscapes val, COCO val2017."
         print(("% " if form == "latex" else "\n") + note)
+    for setting in group_runs(runs):
+        seeds = [run.checkpoint["config"].get("seed") for run in setting.runs]
+        if len(set(seeds)) < len(seeds):
+            paths = ", ".join(str(run.checkpoint["path"]) for run in setting.runs)
+            print(f"note: {paths}: of one setting, and a seed comes twice", file=sys.stderr)
     for run in runs:
         done, iters = run.checkpoint["iteration"], run.checkpoint["config"].get("iters")
         if iters and done < iters and run.checkpoint["path"].stem == "last":
@@ -904,22 +919,25 @@ EMBEDDED = 5000  # images at most in the plane: t-SNE takes about half a minute 
 def draw_figures(arguments: argparse.Namespace, runs: list[RunResult], process: Process) -> None:
     """Draws all that the checkpoints allow: some figures of each, NAME-RUN, and some of all together,
     NAME."""
-    for run in runs:
+    for i, run in enumerate(runs):
+        if run.name in [other.name for other in runs[:i]]:
+            run.name = f"{run.name}-{i + 1}"
         model, checkpoint = open_checkpoint(arguments, run.checkpoint["path"], process)
-        scene = Scene(model, checkpoint, open_split(arguments, checkpoint), process, arguments.min_score)
+        viewer = Viewer(model, checkpoint, open_split(arguments, checkpoint), process, arguments.min_score)
         for name, draw in FIGURES_OF_A_RUN.items():
-            save_figure(draw(run, runs, scene), arguments.figures, f"{name}-{run.name}")
+            save_figure(draw(run, runs, viewer), arguments.figures, f"{name}-{run.name}")
     for name, draw in FIGURES_OF_ALL.items():
         save_figure(draw(runs, arguments.published), arguments.figures, name)
 
 
 def save_figure(figure, folder: Path, name: str) -> None:
-    """Writes a figure as PDF and PNG; None, of which there is nothing to draw, is left out."""
-    if figure is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-        figure.savefig(folder / f"{name}.png")
-        print(f"wrote {folder / name}.pdf and .png", file=sys.stderr)
+    """Writes a figure as PDF and PNG; None is one that has nothing to show of these runs."""
+    if figure is None:
+        return print(f"no {name}: these runs have nothing to show there", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.savefig(folder / f"{name}.png")
+    print(f"wrote {folder / name}.pdf and .png", file=sys.stderr)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -1004,7 +1022,7 @@ def average_router(run: RunResult, runs: list[RunResult]) -> RunResult | None:
     return None
 
 
-def draw_routes(run: RunResult, runs: list[RunResult], scene: Scene):
+def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     """Left each expert's centre, the average over all images and, if Dynamic Routing is among the runs, its
     average; right what tells each from the others."""
     from matplotlib.lines import Line2D
@@ -1066,32 +1084,37 @@ def embed(points: Tensor) -> tuple[Tensor, str]:
 
 
 def draw_activation_space(runs: list[RunResult], published: bool = False):
-    """A(x) of the evaluation set in the plane, all runs of the first one's grid laid out together: a panel
-    for each run, its points by expert and its centres, and of several runs one by run (figure 4 of the
-    paper)."""
-    runs = [run for run in runs if run.clusters is not None]
-    runs = [run for run in runs if run.grid == runs[0].grid]
+    """A(x) of the evaluation set in the plane, runs of the first one's grid together (figure 4 of the paper).
+
+    A panel for each run shows its points by expert, and its centres; one more shows several runs by setting.
+    """
+    routed = [run for run in runs if run.clusters is not None]
+    runs = [run for run in routed if run.grid == routed[0].grid]
     if not runs:
         return None
+    for run in routed:
+        if run.grid != routed[0].grid:
+            print(f"activations: without {run.name}, which has other nodes", file=sys.stderr)
     most = max(2, EMBEDDED // len(runs))
-    chosen, points = [], []
+    points, labels = [], []  # per run: the images that are shown, then the centres; the images' experts
     for run in runs:
         count = min(most, len(run.result.A))
-        chosen.append(torch.arange(count) * len(run.result.A) // count)
-        points.append(torch.cat([run.result.A[chosen[-1]], run.clusters.centers]).float())
+        chosen = torch.arange(count) * len(run.result.A) // count
+        points.append(torch.cat([run.result.A[chosen], run.clusters.centers]).float())
+        labels.append(run.labels[chosen])
     placed, how = embed(torch.cat(points))
 
-    panels, of_run = [], {}  # title, groups of points by label, centres
-    for run, rows, mine in zip(runs, chosen, placed.split([len(share) for share in points])):
-        mine, centers = mine[: len(rows)], mine[len(rows) :]
-        labels, sizes = run.labels[rows], run.metrics["images_per_expert"]
-        groups = {f"expert {k} ({size})": mine[labels == k] for k, size in enumerate(sizes)}
+    panels, images = [], {}  # title, groups of points by label, centres; the images by run
+    for run, mine, own in zip(runs, placed.split([len(share) for share in points]), labels):
+        images[id(run)], centers = mine[: len(own)], mine[len(own) :]
+        groups = {}
+        for k, size in enumerate(run.metrics["images_per_expert"]):
+            groups[f"expert {k} ({size})"] = images[id(run)][own == k]
         panels.append((run.name, groups, centers.tolist()))
-        of_run[id(run)] = mine
     if len(runs) > 1:
         groups = {}
         for setting in group_runs(runs):
-            groups[setting.label] = torch.cat([of_run[id(run)] for run in setting.runs])
+            groups[setting.label] = torch.cat([images[id(run)] for run in setting.runs])
         panels.append(("all together", groups, []))
 
     columns = min(len(panels), 3)
@@ -1101,20 +1124,19 @@ def draw_activation_space(runs: list[RunResult], published: bool = False):
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, (title, groups, centers) in zip(axes.flat, panels):
-        if len(panels) > 1:
-            ax.scatter(*placed.T.numpy(), s=1, c=FAINT, linewidths=0)
-        for j, (label, where) in enumerate(groups.items()):
-            color, marker = COLORS[j % len(COLORS)], MARKERS[j % len(MARKERS)]
+        ax.scatter(*placed.T.numpy(), s=1, c=FAINT, linewidths=0)
+        for label, where, color, marker in zip(groups, groups.values(), COLORS * 9, MARKERS * 9):
             ax.scatter(*where.T.numpy(), s=size, c=color, marker=marker, linewidths=0, alpha=0.8, label=label)
-        for k, (x, y) in enumerate(centers):
-            ax.scatter(x, y, s=60, c="white", edgecolors=COLORS[k % len(COLORS)], linewidths=0.8, zorder=3)
+        for k, ((x, y), color) in enumerate(zip(centers, COLORS * 9)):
+            ax.scatter(x, y, s=60, c="white", edgecolors=color, linewidths=0.8, zorder=3)
             ax.text(x, y, str(k), ha="center", va="center_baseline", fontsize=6, fontweight="bold", zorder=4)
         ax.set(title=title, xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
         ax.margins(0.08)
-        below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, handletextpad=0.1)
-        ax.legend(markerscale=5 / math.sqrt(size), **below)
-    shown, total = sum(map(len, chosen)), sum(len(run.result.A) for run in runs)
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), handletextpad=0.1)
+        ncols = 1 if max(map(len, groups)) > 24 else 2
+        ax.legend(markerscale=5 / math.sqrt(size), ncols=ncols, **below)
+    shown, total = sum(map(len, labels)), sum(len(run.result.A) for run in runs)
     some = f"; {shown} of {total} images, evenly spaced" if shown < total else ""
     figure.supxlabel(f"numbers in rings: centres\n{how}{some}", fontsize=7)
     return figure
@@ -1123,14 +1145,14 @@ def draw_activation_space(runs: list[RunResult], published: bool = False):
 # ---- pictures ----
 
 
-def draw_experts(run: RunResult, runs: list[RunResult], scene: Scene):
+def draw_experts(run: RunResult, runs: list[RunResult], viewer: Viewer):
     """Per expert, the five images nearest to its centre, under each what is predicted for it, its GFLOPs and
     its distance (figure 5 of the paper)."""
     if run.clusters is None:
         return None
     columns, sizes = 5, run.metrics["images_per_expert"]
     labels, distances = run.clusters.nearest(run.result.A)
-    height, width = scene.dataset[0][0].shape[-2:]
+    height, width = viewer.dataset[0][0].shape[-2:]
     pair = 2 * (PAGE - 1) / columns * height / width + 0.35
     heights = [pair if size else 0.3 for size in sizes]
     figure, axes = new_figure(PAGE, sum(heights), len(sizes), columns, height_ratios=heights)
@@ -1143,8 +1165,8 @@ def draw_experts(run: RunResult, runs: list[RunResult], scene: Scene):
         members = (labels == k).nonzero().flatten()
         nearest = members[distances[members].argsort(stable=True)][:columns]
         for ax, i in zip(row, nearest.tolist()):
-            image = scene.dataset[i][0]
-            overlay = scene.predict(image, opacity=0.8)[1]
+            image = viewer.dataset[i][0]
+            overlay = viewer.predict(image, opacity=0.8)[1]
             gap = np.full((max(1, image.shape[1] // 40), image.shape[2], 3), 255, np.uint8)
             ax.imshow(np.concatenate([to_rgb(image), gap, to_rgb(overlay)]))
             cost = f"{run.flops[i].item() / 1e9:.3g} GFLOPs"
@@ -1152,15 +1174,15 @@ def draw_experts(run: RunResult, runs: list[RunResult], scene: Scene):
     return figure
 
 
-def draw_predictions(run: RunResult, runs: list[RunResult], scene: Scene, count: int = 4):
+def draw_predictions(run: RunResult, runs: list[RunResult], viewer: Viewer, count: int = 4):
     """Image, truth, prediction and, in segmentation, where they differ, for images spaced over the split."""
     from matplotlib.patches import Patch
 
-    dataset, classes, segmentation = scene.dataset, run.checkpoint["classes"], run.task == "segmentation"
+    dataset, classes, segmentation = viewer.dataset, run.checkpoint["classes"], run.task == "segmentation"
     count = min(count, len(dataset))
     titles = ["image", "truth", "prediction", "errors"]
     if not segmentation:
-        titles = ["image", "truth", f"found, score ≥ {scene.min_score:g}"]
+        titles = ["image", "truth", f"found, score ≥ {viewer.min_score:g}"]
     height, width = dataset[0][0].shape[-2:]
     cell = min(PAGE / len(titles), 1.75 * width / height)
     legend = 0.3 + 0.17 * -(-min(len(classes), 20) // 6)
@@ -1169,11 +1191,11 @@ def draw_predictions(run: RunResult, runs: list[RunResult], scene: Scene, count:
     for n, row in enumerate(axes):
         image, truth, _ = dataset[n * len(dataset) // count]
         if segmentation:
-            pictures = [image, *segmentation_pictures(scene, image, truth)]
+            pictures = [image, *segmentation_pictures(viewer, image, truth)]
         else:
             drawn = draw_objects(
                 run.checkpoint, image, truth["boxes"], truth["labels"] - 1, truth.get("masks"))
-            pictures = [image, drawn, scene.predict(image)[1]]
+            pictures = [image, drawn, viewer.predict(image)[1]]
         for ax, picture, title in zip(row, pictures, titles):
             ax.imshow(to_rgb(picture), interpolation="nearest" if segmentation else None)
             ax.axis("off")
@@ -1188,13 +1210,13 @@ def draw_predictions(run: RunResult, runs: list[RunResult], scene: Scene, count:
     return figure
 
 
-def segmentation_pictures(scene: Scene, image: Tensor, truth: Tensor) -> list[Tensor]:
+def segmentation_pictures(viewer: Viewer, image: Tensor, truth: Tensor) -> list[Tensor]:
     """Truth, prediction and errors, uint8 [3, H, W]. Errors: white is right, dark is wrong, grey has no
     label."""
     palette = torch.full((256, 3), 200, dtype=torch.uint8)
-    colors = torch.tensor(scene.checkpoint["palette"], dtype=torch.uint8)
+    colors = torch.tensor(viewer.checkpoint["palette"], dtype=torch.uint8)
     palette[: len(colors)] = colors
-    prediction = scene.predict(image)[0].logits[0].argmax(0).cpu()
+    prediction = viewer.predict(image)[0].logits[0].argmax(0).cpu()
     errors = torch.tensor([[255, 255, 255], [180, 50, 0], [200, 200, 200]], dtype=torch.uint8)
     kind = torch.where(truth == data.IGNORE, 2, (prediction != truth).long())
     pictures = (palette[truth.long()], palette[prediction], errors[kind])
@@ -1219,7 +1241,7 @@ def read_log(path: Path) -> list[dict]:
     return events
 
 
-def draw_training(run: RunResult, runs: list[RunResult], scene: Scene):
+def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     """Loss terms, GFLOPs, inter and intra, sigma², cluster sizes and scores over iterations."""
     events = read_log(run.checkpoint["path"].with_name("log.jsonl"))
     updates = [event for event in events if event["event"] == "kmeans"]
@@ -1273,30 +1295,38 @@ def draw_training(run: RunResult, runs: list[RunResult], scene: Scene):
 # ---- comparisons ----
 
 
+def trade_off_points(runs: list[RunResult], score: str, published: bool) -> list[tuple]:
+    """Per setting, and per published row: label, (GFLOPs, deviation), (score, deviation), colour, fill."""
+    points = []
+    for setting, color in zip(group_runs(runs), itertools.cycle(COLORS)):
+        count = f" ({len(setting.runs)} runs)" if len(setting.runs) > 1 else ""
+        place = setting.mean_std("GFLOPs"), setting.mean_std(score)
+        points.append((setting.label + count, *place, color, color))
+    for row in published_rows([score]) if published else []:
+        if row["source"] in ("DivDR Table 2", "DivDR Table 3"):  # single runs
+            continue
+        color = COLORS[1] if row["backbone"].startswith("Layer") else "0.4"
+        if row["method"].startswith("DivDR"):
+            color = COLORS[0]
+        x = float(row["gflops"]), float(row["gflops_std"] or 0)
+        y = float(row["score"]), float(row["score_std"] or 0)
+        points.append((f"{row['method']} ({row['source']})", x, y, color, "white"))
+    return points
+
+
 def draw_trade_off(runs: list[RunResult], published: bool):
-    """Score against GFLOPs, a point for each setting with its deviation over seeds (figure 8 of the paper);
-    with `published` the papers' as open markers."""
+    """Score against GFLOPs, a point for each setting with its deviation over seeds (figure 8 of the paper).
+
+    With `published` the papers' points are there too, as open markers.
+    """
     panels = {}
-    for score in dict.fromkeys(score for run in runs for score in SCORES[run.task]):
-        panels[score] = group_runs([run for run in runs if measured(run, score) is not None])
-    panels = {score: settings for score, settings in panels.items() if settings}
+    for score in [column for column in columns_of(runs) if column in SCORES]:
+        panels[score] = trade_off_points([run for run in runs if score in run.numbers], score, published)
     if not panels:
         return None
-    figure, axes = new_figure(PAGE, 3.2 * len(panels), len(panels))
-    for ax, (score, settings) in zip(axes.flat, panels.items()):
-        points = []  # label, (x, its deviation), (y, its deviation), colour, fill
-        for j, setting in enumerate(settings):
-            count = f" ({len(setting.runs)} runs)" if len(setting.runs) > 1 else ""
-            color, place = COLORS[j % len(COLORS)], (setting.mean_std("GFLOPs"), setting.mean_std(score))
-            points.append((setting.label + count, *place, color, color))
-        for row in published_rows([score]) if published else []:
-            if row["source"] in ("DivDR Table 2", "DivDR Table 3"):  # single runs
-                continue
-            color = COLORS[0] if row["method"].startswith("DivDR") else "0.4"
-            if "Layer" in row["backbone"] and color != COLORS[0]:
-                color = COLORS[1]
-            x, y = ([float(row[name] or 0) for name in (key, f"{key}_std")] for key in ("gflops", "score"))
-            points.append((f"{row['method']} ({row['source']})", x, y, color, "white"))
+    heights = [max(3.2, 0.18 * len(points)) for points in panels.values()]  # the legend has a line for each
+    figure, axes = new_figure(PAGE, sum(heights), len(panels), height_ratios=heights)
+    for ax, (score, points) in zip(axes.flat, panels.items()):
         for j, (label, (x, dx), (y, dy), color, fill) in enumerate(points):
             marker = MARKERS[(j + j // len(MARKERS)) % len(MARKERS)]
             ax.errorbar(x, y, dy or None, dx or None, color=color, ls="none", elinewidth=0.8, capsize=2)
@@ -1306,8 +1336,8 @@ def draw_trade_off(runs: list[RunResult], published: bool):
             ax.set_xscale("log")
         else:
             ax.locator_params(axis="x", nbins=5)
-        run = settings[0].runs[0]
-        where, count = f"{run.metrics['dataset']} {run.metrics['split']}", table_count(run.result.flops)
+        shown = next(run for run in runs if score in run.numbers)
+        count, where = table_count(shown.result.flops), f"{shown.metrics['dataset']} {shown.metrics['split']}"
         ax.set(xlabel=f"GFLOPs per image, count: {count}", ylabel=f"{score}, %, {where}")
         ax.margins(0.1)
         ax.grid(color="0.9", lw=0.5)
@@ -1316,8 +1346,7 @@ def draw_trade_off(runs: list[RunResult], published: bool):
 
 
 def find_sweep(runs: list[RunResult], name: str) -> list[tuple[str, list[Setting]]]:
-    """Where runs differ in the setting `name` and, seeds apart, in nothing else: label and settings along
-    it."""
+    """Where runs differ in `name` and, seeds apart, in nothing else: a label, and the settings along it."""
     sweeps = []
     for rest in group_runs([run for run in runs if run.grid], apart_from=name):
         along = sorted(group_runs(rest.runs), key=lambda setting: setting.config.get(name) or 0)
@@ -1327,33 +1356,32 @@ def find_sweep(runs: list[RunResult], name: str) -> list[tuple[str, list[Setting
 
 
 def draw_ablations(runs: list[RunResult], published: bool = False):
-    """Score, GFLOPs, inter and intra against each swept setting, a line for each of what else there is
-    (figures 6 and 7, table 3 of the paper)."""
+    """Scores, GFLOPs, inter and intra against each swept setting (figures 6 and 7, table 3 of the paper)."""
     sweeps = {name: find_sweep(runs, name) for name in ("k", "margin", "lambda2")}
     sweeps = {name: lines for name, lines in sweeps.items() if lines}
     if not sweeps:
         return None
-    scores = tuple(dict.fromkeys(score for run in runs for score in SCORES[run.task]))
-    measures = [name for name in scores + MEASURES if any(measured(run, name) is not None for run in runs)]
+    columns = columns_of(runs)
     width, legend = max(2.4 * len(sweeps), 3.2), 0.3 + 0.2 * max(map(len, sweeps.values()))
-    height = 1.35 * len(measures) + legend
-    figure, axes = new_figure(width, height, len(measures), len(sweeps), sharex="col", sharey="row")
-    for column, (name, lines) in zip(axes.T, sweeps.items()):
+    size = (width, 1.35 * len(columns) + legend)
+    figure, axes = new_figure(*size, len(columns), len(sweeps), sharex="col", sharey="row")
+    for below, (name, lines) in zip(axes.T, sweeps.items()):
         values = sorted({setting.config[name] for _, along in lines for setting in along})
-        for ax, measure in zip(column, measures):
+        for ax, column in zip(below, columns):
             for j, (label, along) in enumerate(lines):
-                with_number = [setting for setting in along if setting.mean_std(measure)]
-                if with_number:
-                    x = [values.index(setting.config[name]) for setting in with_number]
-                    mean, deviation = zip(*(setting.mean_std(measure) for setting in with_number))
-                    curve(ax, j, x, mean, label, [value or 0 for value in deviation])
-            ax.set_ylabel(f"{measure}, %" if measure in scores else measure)
+                along = [setting for setting in along if setting.mean_std(column)]
+                x = [values.index(setting.config[name]) for setting in along]
+                mean = [setting.mean_std(column)[0] for setting in along]
+                deviation = [setting.mean_std(column)[1] or 0 for setting in along]
+                curve(ax, j, x, mean, label, deviation)
+            ax.set_ylabel(f"{column}, %" if column in SCORES else column)
             ax.grid(color="0.9", lw=0.5)
             ax.margins(x=0.12, y=0.15)
             ax.label_outer()
         ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         ax.set_xlabel(setting_name(name))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42))
+    figure.align_ylabels()
     return figure
 
 
@@ -1381,7 +1409,7 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
         if arguments.image:
             if process.rank == 0:
                 model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)
-                show(arguments, Scene(model, checkpoint, None, process, arguments.min_score))
+                show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
         else:
             runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
             if process.rank == 0 and arguments.table:

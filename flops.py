@@ -5,7 +5,7 @@
     python flops.py --task detection --variant r50-fpn   # one detector: its backbone, and the whole
     python flops.py speed                                # inference, by how much of the network is open
     python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp
-    python flops.py kmeans --k 2 4 8                     # beside scikit-learn and faiss where installed
+    python flops.py kmeans --k 2 4 8                     # beside scikit-learn where it is installed
 
 Two counts: "paper", as the published code of Dynamic Routing reports it, and "exact", what this code runs.
 Both count multiply-adds, in G (10^9); with every gate open they are upper bounds of what an image costs.
@@ -13,6 +13,7 @@ Both count multiply-adds, in G (10^9); with every gate open they are upper bound
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import sys
@@ -40,7 +41,7 @@ PUBLISHED = [
 
 
 def open_cost(layers, scales, classes: int | None, height: int, width: int, gate: str, count: str) -> int:
-    """Multiply-adds of an image through a network of width 64 with every gate open; `classes` adds the head."""
+    """Multiply-adds of an image through a network 64 wide with every gate open; `classes` adds the head."""
     with torch.device("meta"):  # shapes alone: no weights are made
         if classes is None:
             network = backbone = RoutedBackbone(layers, gate=gate, scales=scales)
@@ -82,8 +83,11 @@ def print_cost(argv: list[str]) -> None:
     detection = arguments.task == "detection"
     height, width = arguments.size or ([800, 800] if detection else [1024, 2048])
     classes = arguments.classes or (80 if detection else 19)
+    torch.manual_seed(0)
+    detector = dict(short_sides=(min(height, width),), long_side=max(height, width)) if detection else {}
     model = build_model(
-        arguments.variant, arguments.task, classes, arguments.layers, arguments.width, arguments.gate)
+        arguments.variant, arguments.task, classes, arguments.layers, arguments.width, arguments.gate,
+        **detector)
     routes = model.backbone.open_routes() if model.dim else None
     costs = {count: model.real_cost(routes, height, width, count) for count in model.counts}
     parameters = sum(p.numel() for p in model.parameters())
@@ -96,8 +100,8 @@ def print_cost(argv: list[str]) -> None:
         print(f"{part:16}" + "".join(f"{show(cost / 1e9):>12}" for cost in numbers))
     if detection:
         image = torch.rand(3, height, width)
-        whole = count_multiply_adds(model.eval(), [image], elementwise=False)
-        print(f"the whole detector, convolutions and linear layers, by torch's counter: {show(whole / 1e9)}")
+        whole = show(count_multiply_adds(model.eval(), [image], elementwise=False) / 1e9)
+        print(f"the whole detector on noise, convolutions and linear layers, by torch's counter: {whole}")
     if routes is not None:
         budgeted = show(model.budgeted_cost(height, width) / 1e9)
         print(f"the budget is a share of cells + paths (paper): {budgeted}")
@@ -279,12 +283,9 @@ def print_speed(argv: list[str]) -> None:
 # ============ K-means ============
 
 
-def example(kind: str, n: int, dim: int) -> Tensor:
-    """Data to measure on, [n, dim] in [0, 1): "noise", uniform, or "gates", formed as gate activations are:
-    relu(tanh(·)) of logits that follow a dozen factors, in 16 overlapping groups."""
+def example(n: int, dim: int) -> Tensor:
+    """Data like gate activations, [n, dim] in [0, 1): relu(tanh(·)) of logits in 16 overlapping groups."""
     generator = torch.Generator().manual_seed(0)
-    if kind == "noise":
-        return torch.rand(n, dim, generator=generator)
     groups, factors = torch.randn(16, 12, generator=generator), torch.randn(12, dim, generator=generator)
     place = groups[torch.randint(16, (n,), generator=generator)]
     place += 0.6 * torch.randn(n, 12, generator=generator)
@@ -292,58 +293,34 @@ def example(kind: str, n: int, dim: int) -> Tensor:
     return (place @ factors / 12**0.5 + noise + 0.5).tanh_().relu_()
 
 
-def kmeans_contenders(x: Tensor, k: int, init: Tensor, iters: int) -> dict:
-    """Who can run Lloyd's algorithm here: name -> a function that does so from `init` and returns the
-    inertia."""
-    contenders = {"kmeans.py": lambda: kmeans(x, k, init, iters)[2]}  # reads a number, so it has finished
-    rows, start = x.cpu().numpy(), init.cpu().numpy()
-    try:
-        from sklearn.cluster import KMeans
-
-        model = KMeans(k, init=start, n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
-        contenders["scikit-learn, CPU"] = lambda: float(model.fit(rows).inertia_)
-    except ImportError:
-        pass
-    try:
-        import faiss
-
-        options = dict(niter=iters, min_points_per_centroid=1, max_points_per_centroid=len(x))
-        options["gpu"] = x.is_cuda and faiss.get_num_gpus() > 0
-
-        def faiss_kmeans() -> float:
-            clustering = faiss.Kmeans(x.shape[1], k, **options)
-            clustering.train(rows, init_centroids=start)
-            return float(clustering.assign(rows)[0].sum(dtype="float64"))  # of the centres that it returns
-
-        contenders["faiss"] = faiss_kmeans
-    except ImportError:
-        pass
-    return contenders
-
-
 def print_kmeans(argv: list[str]) -> None:
-    """Seconds of K-means, from its first K samples, beside whatever else is installed."""
-    parser = Parser("Measure K-means here.")
+    """Seconds of K-means from its first K samples, beside scikit-learn's, which runs on the CPU."""
+    parser = Parser("Measure K-means here, beside scikit-learn's Lloyd where that is installed.")
     add = parser.add_argument
     add("--n", type=number(int, 1), default=118_287, help="samples; by default COCO's training set")
     add("--dim", type=number(int, 1), default=198, help="their length; by default that of Layer17's A(x)")
     add("--k", type=number(int, 1), nargs="+", default=[2, 4, 8], help="clusters")
     add("--iters", type=number(int, 1), default=20, help="iterations at most")
     add("--runs", type=number(int, 1), default=5, help="runs of each, in turns")
-    add("--device", default="cpu", help="where kmeans.py runs")
+    add("--device", default="cpu", help="where kmeans.py runs; not mps, which has no float64")
     arguments = parser.parse_args(argv)
-    if arguments.n < max(arguments.k):
-        parser.error(f"--n {arguments.n}: must be at least --k")
+    n, iters = arguments.n, arguments.iters
+    if n < max(arguments.k):
+        parser.error(f"--n {n}: must be at least --k")
     device = start_process(arguments.device).device
-    size = f"N = {arguments.n}, D = {arguments.dim}, at most {arguments.iters} iterations"
-    print(f"K-means, {size}; {machine(device)}")
-    for kind in ("gates", "noise"):
-        x = example(kind, arguments.n, arguments.dim).to(device)
-        for k in arguments.k:
-            print(f"{kind}, K = {k}")
-            contenders = kmeans_contenders(x, k, x[:k].clone(), arguments.iters)
-            notes = {name: f"inertia {run():.6g}" for name, run in contenders.items()}
-            print_seconds(time_in_turns(contenders, arguments.runs, device)[0], {}, notes)
+    print(f"K-means, N = {n}, D = {arguments.dim}, at most {iters} iterations; {machine(device)}")
+    x = example(n, arguments.dim).to(device)
+    for k in arguments.k:
+        init = x[:k].clone()
+        contenders = {"kmeans.py": lambda: kmeans(x, k, init, iters)[2]}  # reads a number, so it has finished
+        with contextlib.suppress(ImportError):
+            from sklearn.cluster import KMeans
+
+            theirs = KMeans(k, init=init.cpu().numpy(), n_init=1, max_iter=iters, tol=0, algorithm="lloyd")
+            contenders["scikit-learn, CPU"] = lambda: theirs.fit(x.cpu().numpy()).inertia_
+        print(f"K = {k}")
+        notes = {name: f"inertia {run():.6g}" for name, run in contenders.items()}
+        print_seconds(time_in_turns(contenders, arguments.runs, device)[0], {}, notes)
 
 
 # ============ measuring ============

@@ -244,7 +244,7 @@ class ActivationBank:
         centers = self.values.new_empty(k, self.values.shape[1])
         labels = torch.full_like(self.seen, -1, dtype=torch.int64)
         inertia = self.values.new_zeros(1, dtype=torch.float64)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if not _distributed() or dist.get_rank() == 0:
             scale = torch.ones_like(centers[0]) if metric is None else metric
             A = self.values[index] * scale
             results = [kmeans(A, k, start if start is None else start * scale, max_iter, seed)]
@@ -252,7 +252,7 @@ class ActivationBank:
                 results.append(kmeans(A, k, None, max_iter, seed + j))
             best = min(results, key=lambda result: result[2])
             centers, labels[index], inertia[0] = best[0] / scale, best[1], best[2]
-        if dist.is_initialized():
+        if _distributed():
             for tensor in (centers, labels, inertia):
                 dist.broadcast(tensor, 0)
         sizes = labels[index].bincount(minlength=k).tolist()
@@ -295,9 +295,13 @@ class ActivationBank:
             self.clusters = clusters._replace(centers=centers, labels=labels, metric=metric)
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _gather(value: Tensor) -> Tensor:
     """[b, ...] on each rank -> [ranks · b, ...] on all."""
-    if not dist.is_initialized():
+    if not _distributed():
         return value
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())

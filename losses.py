@@ -46,8 +46,9 @@ def clustering_loss(
     own: Tensor | None = None,
     sigma2_floor: float = SIGMA2_FLOOR,
 ) -> Tensor:
-    """L_clustering, equation (2): pulls A(x) to its own centre mu(x), pushes it from the others. Batch mean
-    of
+    """L_clustering, equation (2): pulls A(x) to its own centre mu(x), pushes it from the others.
+
+    The mean over the batch of
 
         { margin + ‖A − mu(x)‖ / (2 sigma2) + log Σ_{k ≠ own} exp(−‖A − mu_k‖ / (2 sigma2)) }₊
 
@@ -58,8 +59,9 @@ def clustering_loss(
     sigma2:  spread of all samples around their centres at that update (float or 0-dim tensor), taken as at
              least `sigma2_floor`.
     margin:  alpha >= 0 of the equation, in units of distance / (2 sigma2).
-    own:     [B] integers < K, the centre each sample belongs to; -1 or None: the nearest, the first on a tie.
-             Two centres at one place count as two: only the own index is left out of the sum.
+    own:     [B] integers < K, the centre each sample belongs to; by default the nearest, the first on a tie.
+             -1: a sample that belongs to none yet; its loss is 0. Two centres at one place count as two: only
+             the own index is left out of the sum.
     Returns a 0-dim tensor, computed in float32 at least, under autocast too.
     Raises ValueError for shapes that do not fit, K < 2 or a negative margin.
     """
@@ -82,9 +84,9 @@ def clustering_loss(
     # Differences first, [B, K, D]: exact near a centre, where ‖A‖² − 2A·mu + ‖mu‖² cancels. At 0 the norm has
     # no gradient; torch gives it 0.
     distance = torch.linalg.vector_norm(A[:, None] - mu, dim=2)  # [B, K]
-    nearest = distance.detach().argmin(dim=1)
-    own = nearest if own is None else own.to(A.device, torch.int64)
-    own = torch.where(own < 0, nearest, own)[:, None]  # [B, 1]
+    own = distance.detach().argmin(dim=1) if own is None else own.to(A.device, torch.int64)
+    belongs, own = own >= 0, own.clamp(min=0)[:, None]
     distance = distance / (2 * sigma2)
     others = (-distance).scatter(1, own, -torch.inf).logsumexp(dim=1)
-    return (margin + distance.gather(1, own).squeeze(1) + others).clamp(min=0).mean()
+    loss = (margin + distance.gather(1, own).squeeze(1) + others).clamp(min=0)
+    return loss.where(belongs, 0).mean()

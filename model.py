@@ -130,7 +130,7 @@ class SegmentationOutput(NamedTuple):
     logits: Tensor  # [B, classes, H, W] at the size of the input
     A: Tensor  # [B, 3·nodes] gate activations; [B, 0] of a static model
     cost: Tensor  # [B] expected multiply-adds of cells and paths, differentiable; 0 of a static model
-    routes: Routes | None
+    routes: Routes
 
 
 class SegmentationHead(nn.Module):
@@ -238,10 +238,10 @@ class StaticSegmenter(nn.Module):
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         logits = self.network(images)["out"]
-        no_gates, no_cost = logits.new_zeros(len(images), 0), logits.new_zeros(len(images))
-        return SegmentationOutput(logits, no_gates, no_cost, None)
+        routes = Routes.none(len(images))
+        return SegmentationOutput(logits, routes.A, logits.new_zeros(len(images)), routes)
 
-    def real_cost(self, routes: None, height: int, width: int, count: str = "exact") -> dict[str, Tensor]:
+    def real_cost(self, routes: Routes, height: int, width: int, count: str = "exact") -> dict[str, Tensor]:
         """Multiply-adds of an image, int64 [1]: every image costs the same."""
         return {"network": static_cost(self.build, height, width, elementwise=count != "conv")}
 
@@ -254,7 +254,7 @@ class DetectionOutput(NamedTuple):
     detections: list[dict[str, Tensor]]  # torchvision's, in the images' own pixels; empty in training
     A: Tensor  # [B, 3·nodes] gate activations; [B, 0] of a static model
     cost: Tensor  # [B] expected multiply-adds of cells and paths, differentiable; 0 of a static model
-    routes: Routes | None
+    routes: Routes
     sizes: list[tuple[int, int]]  # height and width of each image as the backbone saw it, without padding
     padded: tuple[int, int]  # height and width of the batch
 
@@ -359,14 +359,15 @@ class Detector(nn.Module):
         padded = tuple(batch.tensors.shape[-2:])
         if self.routed:
             maps, routes = self.pyramid(batch.tensors)
-            A, cost = routes.A, self.backbone.expected_cost(routes, *padded)
+            cost = self.backbone.expected_cost(routes, *padded)
         else:
-            maps, routes = self.pyramid(batch.tensors), None
-            A, cost = batch.tensors.new_zeros(len(images), 0), batch.tensors.new_zeros(len(images))
+            maps, routes = self.pyramid(batch.tensors), Routes.none(len(images))
+            cost = batch.tensors.new_zeros(len(images))
         proposals, losses = self.rcnn.rpn(batch, maps, targets)
         detections, roi_losses = self.rcnn.roi_heads(maps, proposals, batch.image_sizes, targets)
         detections = self.rcnn.transform.postprocess(detections, batch.image_sizes, sizes)
-        return DetectionOutput(losses | roi_losses, detections, A, cost, routes, batch.image_sizes, padded)
+        losses = losses | roi_losses
+        return DetectionOutput(losses, detections, routes.A, cost, routes, batch.image_sizes, padded)
 
     def routes(self, images: list[Tensor]) -> Routes:
         """The routes alone: no heads run."""
@@ -672,8 +673,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, without the usage in front of it."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=Help)
+    def __init__(self, description: str, **options):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -695,8 +696,7 @@ def number(kind: type, least: float, most: float = math.inf):
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]):
-    """Inside it, an exception of `kinds` becomes one line on stderr and exit status 2; Ctrl-C likewise,
-    130."""
+    """Inside it, an exception of `kinds` becomes one line on stderr and exit status 2; Ctrl-C, 130."""
     try:
         yield
     except (*kinds, KeyboardInterrupt) as error:
@@ -721,13 +721,13 @@ def start_process(device: str | None = None, workers: int = 0) -> Process:
     loader holds up all others. Raises InputError where `device` is not to be had.
     """
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world, gpus = max(world, 1), torch.cuda.device_count()
+    world, gpus = max(world, 1), torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available() and world == 1  # gloo moves no MPS tensors
     here = ["cuda"] * (gpus > 0) + [f"cuda:{i}" for i in range(gpus)] + ["mps"] * mps + ["cpu"]
     device = device or here[0]
     if device not in here:
         raise InputError(f"--device {device}: not available here; there is {', '.join(here)}")
-    if device == "cuda" and world > 1:
+    if device.startswith("cuda") and world > 1:
         if local >= gpus:
             raise InputError(f"--nproc_per_node: more processes than the {gpus} GPUs of this machine")
         device = f"cuda:{local}"

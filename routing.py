@@ -31,7 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 UP, KEEP, DOWN = 0, 1, 2  # a node's three entries in A; a path leads from scale s to scale s + path - 1
 OPEN = 1e-4
-LARGE = 2**18  # numbers in an image's finest map; from here on a batch is evaluated image by image
+LARGE = 2**18  # numbers in an image's finest map; from here on a CPU evaluates a batch image by image
 
 
 class Routes(NamedTuple):
@@ -55,6 +55,12 @@ class Routes(NamedTuple):
         """The routes of image `b` alone: [1, ...]."""
         one = slice(b, b + 1)
         return Routes(self.logits[one], self.alpha[one], self.reached[one], [])
+
+    @classmethod
+    def none(cls, images: int) -> Routes:
+        """What a network without gates has: the rows of no node, A is [images, 0]."""
+        nothing = torch.zeros(images, 1, 3)
+        return cls(nothing, nothing, nothing[..., 0] > 0, [])
 
 
 class Costs(NamedTuple):
@@ -241,7 +247,8 @@ class RoutedBackbone(nn.Module):
 
         Args:
             skip: run image by image, each without its closed work; waits for the device once per layer. By
-                default in evaluation, except for batches of small images, which take less time together.
+                default in evaluation of single images, and on a CPU of large ones: a batch of small images
+                takes less time together, and so does any batch on a GPU.
             alpha: [B, 1 + nodes, 3] in place of what the gates say; they run all the same.
         """
         batch, _, height, width = x.shape
@@ -249,12 +256,13 @@ class RoutedBackbone(nn.Module):
             raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
         if skip is None:
             large = self.width * height * width // 16 >= LARGE
-            skip = not self.training and (batch == 1 or large)
+            one_by_one = batch == 1 or large and x.device.type == "cpu"
+            skip = one_by_one and not self.training
         if not skip:
             return self._run_masked(x, alpha)
         if batch == 1:
             return self._run_skipping(x, alpha)
-        alphas = [None] * batch if alpha is None else alpha.split(1)
+        alphas = [None] * batch if alpha is None else alpha.expand(batch, -1, -1).split(1)
         runs = [self._run_skipping(image, forced) for image, forced in zip(x.split(1), alphas)]
         features, routes = zip(*runs)
         logits, alpha, reached, _ = zip(*routes)
@@ -298,13 +306,14 @@ class RoutedBackbone(nn.Module):
 
     def _run_skipping(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
         """Runs what is open for one image [1, 3, H, W]."""
-        arrived = [self.stem(x)]  # per node of the layer: [1, C, h, w], or None where nothing was delivered
-        _, C, H, W = arrived[0].shape
-        dtype = torch.promote_types(arrived[0].dtype, torch.float32)
+        first = self.stem(x)
+        arrived = [first]  # per node of the layer: [1, C, h, w], or None where nothing was delivered
+        _, C, H, W = first.shape
+        dtype = torch.promote_types(first.dtype, torch.float32)
         no_logits = torch.zeros(1, 3, dtype=dtype, device=x.device)
 
         def zeros(s):
-            y = x.new_zeros(1, C * 2**s, H // 2**s, W // 2**s)
+            y = first.new_zeros(1, C * 2**s, H // 2**s, W // 2**s)
             return y.contiguous(memory_format=torch.channels_last)
 
         reached = torch.ones(1, 1, dtype=torch.bool)  # [1, n], on the CPU like all that decides what runs

@@ -29,9 +29,9 @@ import evaluate
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import VARIANTS, InputError, number, one_line_errors, save_checkpoint, start_process
 from train_seg import (
-    Log, TaskMetric, check_settings, complete, distribute, finish, kmeans_interval, make_bank, make_model,
+    Log, TaskMetric, complete, distribute, finish, kmeans_interval, make_bank, make_model,
     make_optimizer, mean_over_ranks, open_run, recompute_activations, reestimate_batch_norm, route_cost,
-    shapes_options, shared_settings, warm_up,
+    settle, shapes_options, shared_settings, warm_up,
 )
 
 # ============ settings ============
@@ -68,7 +68,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rois", type=number(int, 1), help="regions per image that the box head is trained on")
     add("--lr-steps", type=number(int, 1), nargs="+",
         help="iterations after which the learning rate falls to a tenth; by default 2/3 and 8/9 of --iters")
-    config = complete(parser.parse_args(argv))
+    config = complete(parser.parse_args(argv), RECIPES)
     if config.lr_steps is None:
         config.lr_steps = [round(config.iters * 2 / 3), round(config.iters * 8 / 9)]
     return config
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     config = settings(argv)
     process = start_process(config.device, config.workers)
     rank, world, device = process
-    check_settings(config, process)
+    settle(config, process)
     torch.manual_seed(config.seed)
     folder = Path(config.out) / config.name
 
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         short_sides=config.short_sides, long_side=config.long_side, anchor=config.anchor,
         proposals=config.proposals, rois=config.rois, frozen=static and config.init is not None)
     saved = open_run(folder, config, process, train_set.classes, train_set)  # None: a new run
+    model_args = saved["model_args"] if saved else model_args  # --init need not be repeated
     model = make_model(model_args, config, process, saved)
     optimizer = make_optimizer(model, config)
 
@@ -121,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    task_metric = TaskMetric(model.dim, device) if config.metric == "task" else None
+    task_metric = TaskMetric(model.dim, bank.values.device) if config.metric == "task" else None
     next_kmeans = config.kmeans_every
 
     # ============ resuming ============
-    done, best, position = 0, -math.inf, 0
+    done, best, log_bytes = 0, -math.inf, 0
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -133,18 +134,20 @@ def main(argv: list[str] | None = None) -> None:
         if task_metric:
             task_metric.squares.copy_(saved["task_metric"])
         done, best = saved["iteration"], saved["best"]
-        next_kmeans, position = saved["next_kmeans"], saved["position"]
-    log = Log(folder, config, process, train_set, done, position)
+        next_kmeans, log_bytes = saved["next_kmeans"], saved["log_bytes"]
+        del saved
+    log = Log(folder, config, process, train_set, done, log_bytes)
+    # What evaluate.py needs to know:
     about = dict(
         model_args=model_args, task="detection", dataset=config.dataset, data=config.data,
         data_options=options, files=files, classes=train_set.classes, category_ids=train_set.category_ids,
         palette=[list(color) for color in train_set.palette],
-        config=vars(config))  # what evaluate.py needs to know
+        config=vars(config))
 
     # ============ the alternation ============
     batches = data.forever(loader, done)
     for iteration in range(done + 1, config.iters + 1):
-        torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # what a resumed run draws, too
+        torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
         network.train()
         images, targets, index = next(batches)
         images, targets = to_device(images, targets, device)
@@ -153,14 +156,15 @@ def main(argv: list[str] | None = None) -> None:
         # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             out = network(images, targets)
-        A = out.routes.activations(config.gate_space) if model.dim else out.A
+        A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {name.removeprefix("loss_"): loss for name, loss in out.losses.items()}  # L_task, in parts
         if config.lambda1:
+            share = out.cost / model.budgeted_cost(*out.padded)  # ranks differ in size
+            share = mean_over_ranks(share, world)
             ramp = budget_ramp((iteration - 1) / config.iters)
-            share = mean_over_ranks((out.cost / model.budgeted_cost(*out.padded)).mean(), world)
-            terms["cost"] = config.lambda1 * ramp * cost_loss(share[None], 1.0, config.budget)
-        if config.lambda2 and bank.clusters and iteration > config.lambda2_start * config.iters:
-            clusters = bank.clusters
+            terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)
+        clusters = bank.clusters
+        if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
@@ -174,19 +178,19 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step()
         log.add(terms, gradient_norm, index)
 
-        # (2) K-means over the gate activations of the training set, theta fixed
-        if model.dim:
-            bank.update(index, A)
+        # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
+        # tells what the clusters are.
+        bank.update(index, A)
         if task_metric:
             task_metric.update(out.routes)
-        due = model.dim and (iteration >= next_kmeans or iteration == config.iters)
-        if due and bank.count >= config.k:
-            log.check(iteration)
+        due = iteration >= next_kmeans or iteration == config.iters
+        if config.k and due and bank.count >= config.k:
+            log.check(iteration)  # K-means must not see what is not finite
             if config.activations == "recompute":
-                once = data.pass_loader(
+                full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
-                inputs = ((to_device(images, [], device)[0], index) for images, _, index in once)
+                inputs = ((to_device(images, [], device)[0], index) for images, _, index in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
             metric = task_metric.weights() if task_metric else None
             if config.oracle:
@@ -202,25 +206,27 @@ def main(argv: list[str] | None = None) -> None:
         saving = evaluating or iteration % config.save_every == 0
         improved = False
         if saving or iteration % config.log_every == 0:
-            log.train(iteration, lr, route_cost(model, out, out.padded))  # raises if not finite
+            log.steps_line(iteration, lr, route_cost(model, out, out.padded))
         if evaluating:
-            again = data.train_loader(
+            bn_loader = data.train_loader(
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
-            some = itertools.islice(data.forever(again), config.bn_batches)
-            inputs = (model.prepare(to_device(images, [], device)[0])[0].tensors for images, _, _ in some)
-            reestimate_batch_norm(model.pyramid, inputs, world)  # the heads have none
+            bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
+            inputs = (to_device(images, [], device)[0] for images, _, _ in bn_batches)
+            padded = (model.prepare(images)[0].tensors for images in inputs)
+            reestimate_batch_norm(model.pyramid, padded, world)  # the heads have none
             result = evaluate.evaluate_detection(model, val_loader, val_set, process)
         if evaluating and rank == 0:
             scores = result.scores(val_set, config.masks)
             score = scores["mask" if config.masks else "box"]["AP"]
-            improved, best = score > best, max(score, best)
+            improved = score > best
+            best = score if improved else best
             words = ", ".join(f"{kind} AP {100 * values['AP']:.2f}" for kind, values in scores.items())
             log.evaluation(iteration, words, result.flops, scores)
         if saving and rank == 0:
             contents = about | dict(
                 bank=bank.state_dict(), task_metric=task_metric and task_metric.squares,
                 optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), iteration=iteration,
-                best=best, next_kmeans=next_kmeans, position=log.position())
+                best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save_checkpoint(folder / name, model, **contents)
     finish(folder, config, process, log)

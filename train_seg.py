@@ -43,9 +43,10 @@ from routing import Routes
 
 # ============ settings ============
 
-# Defaults that differ by data set. lambda2, of the DivDR variants, is 0.2 where nothing is said. On shapes
-# warm starts alone can weld two subsets together early on, and a few restarts find them again; `own` "bank"
-# carries the clusters through the start of the budget.
+# Defaults that differ by data set; one that is not here takes CamVid's. Crop, scales and batch are in
+# data.py. A recipe's lambda2 replaces that of the DivDR variants, 0.2. On shapes warm starts alone can weld
+# two subsets together early on, and a few restarts find them again; `own` "bank" carries the clusters through
+# the start of the budget.
 RECIPES = {
     "cityscapes": dict(
         layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200,
@@ -57,34 +58,34 @@ RECIPES = {
         layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50,
         kmeans_restarts=4, own="bank", bank_momentum=0.5, lambda2=0.02),
 }
-for name, recipe in RECIPES.items():
-    info = data.SEGMENTATION[name]
-    recipe["data"] = info.root
-    for key in ("crop", "short_sides", "batch", "eval_batch"):
-        recipe[key] = getattr(info, key)
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of this script."""
-    parser = shared_settings(argv, __doc__, "segmentation", RECIPES)
+    recipes = {}
+    for name, info in data.SEGMENTATION.items():
+        recipes[name] = RECIPES.get(name, RECIPES["camvid"]) | dict(
+            data=info.root, crop=info.crop, short_sides=info.short_sides, batch=info.batch,
+            eval_batch=info.eval_batch)
+    parser = shared_settings(argv, __doc__, "segmentation", recipes)
     parser.add_argument("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
     config = parser.parse_args(argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
-    return complete(config)
+    return complete(config, recipes)
 
 
 def shared_settings(argv, description: str, task: str, recipes: dict[str, dict]) -> Parser:
     """The settings of both training scripts, with the defaults of the --dataset and --variant in `argv`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(description, add_help=False)
     first.add_argument("--dataset", default=next(iter(recipes)))
     first.add_argument("--variant", default="divdr-a")
     chosen = first.parse_known_args(argv)[0]
     variant = VARIANTS.get(chosen.variant, VARIANTS["divdr-a"])
-    defaults = {"lambda2": variant.lambda2} | recipes.get(chosen.dataset, {})
-    defaults |= dict(gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget)
-    if not variant.lambda2:
-        defaults["lambda2"] = 0.0
+    recipe = recipes.get(chosen.dataset, {})
+    lambda2 = recipe.get("lambda2", variant.lambda2) if variant.lambda2 else 0.0
+    defaults = recipe | dict(
+        gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2, warmup=None)
     if variant.gate is None:  # a network of fixed size
         defaults |= dict(layers=None, width=None, pyramid=None)
     parser = Parser(description)
@@ -93,7 +94,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add = parser.add_argument_group("run").add_argument
     add("--name", help="folder under --out; by default DATASET-VARIANT-seedN")
     add("--out", default="runs", help="where run folders are made")
-    add("--seed", type=number(int, 0), default=0, help="seeds weights, data order, augmentation, K-means++")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="seeds weights, data order, augmentation, K-means++")
     add("--resume", nargs="?", const="yes", choices=["yes", "auto"],
         help="go on with this run from where it was saved; auto: if there is one, else start it")
     add("--log-every", type=number(int, 1), default=50, help="iterations between lines of the log")
@@ -109,7 +111,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--size", type=number(int, 32), help="shapes: side of the images, a multiple of 32")
     add("--hard", action="store_true", help="shapes: the subsets differ in object scale alone")
     add("--jitter", action="store_true", help="training images change their look, see data.photometric")
-    workers = min(4, cores_per_process() // 2)
+    cores = cores_per_process()
+    workers = min(4, cores if torch.cuda.is_available() else cores // 2)
     add("--workers", type=number(int, 0), default=workers, help="loader processes per training process")
 
     add = parser.add_argument_group("model").add_argument
@@ -123,7 +126,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--iters", type=number(int, 1), help="SGD steps")
     add("--batch", type=number(int, 1), help="images per step over all processes")
     add("--lr", type=number(float, 0), help="learning rate after warm-up")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up from 0.001 x lr, at most --iters / 10")
+    add("--warmup", type=number(int, 0),
+        help="steps of linear warm-up from 0.001 x lr; by default the data set's, at most --iters / 10")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="weight decay; norm weights have none")
     add("--clip", type=number(float, 0), default=5.0, help="largest gradient norm")
@@ -157,15 +161,16 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     return parser
 
 
-def complete(config: argparse.Namespace) -> argparse.Namespace:
-    """Fills in the settings that follow from others."""
+def complete(config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
+    """Fills in the settings that follow from others; k stays None where there is nothing to cluster."""
     if config.name is None:
         config.name = f"{config.dataset}-{config.variant}-seed{config.seed}"
-    if config.k is None:
+    if config.k is None and VARIANTS[config.variant].gate is not None:
         config.k = (config.subsets or 3) if config.dataset == "shapes" else 4
     if config.oracle:
         config.own = "bank"
-    config.warmup = min(config.warmup, config.iters // 10)
+    if config.warmup is None:
+        config.warmup = min(recipes[config.dataset]["warmup"], config.iters // 10)
     return config
 
 
@@ -174,13 +179,14 @@ def shapes_options(config: argparse.Namespace) -> dict:
     return {key: getattr(config, key) for key in ("subsets", "size", "hard") if getattr(config, key)}
 
 
-def check_settings(config: argparse.Namespace, process: Process) -> None:
-    """Raises InputError for settings that do not go together; settles --amp."""
+def settle(config: argparse.Namespace, process: Process) -> None:
+    """Raises InputError for settings that do not go together or not with the device; fills in --amp."""
     variant, device, static = config.variant, process.device, VARIANTS[config.variant].gate is None
     if config.batch == 1 or config.batch // process.world == 1 and device.type != "cuda":
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
-    if static and (config.lambda1 or config.lambda2):
-        raise InputError(f"--lambda1 and --lambda2: do not apply to {variant}, which has no gates")
+    for name in ("lambda1", "lambda2", "k", "metric", "oracle"):
+        if static and getattr(config, name) not in (None, 0, "plain"):
+            raise InputError(f"--{name}: does not apply to {variant}, which has no gates")
     if static and config.init and variant != "r50-fpn":
         raise InputError(f"--init {config.init}: starts routed networks and r50-fpn, not {variant}")
     if config.lambda1 and not config.budget:
@@ -201,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     config = settings(argv)
     process = start_process(config.device, config.workers)
     rank, world, device = process
-    check_settings(config, process)
+    settle(config, process)
     torch.manual_seed(config.seed)
     folder = Path(config.out) / config.name
 
@@ -232,11 +238,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    task_metric = TaskMetric(model.dim, device) if config.metric == "task" else None
+    task_metric = TaskMetric(model.dim, bank.values.device) if config.metric == "task" else None
     next_kmeans = config.kmeans_every
 
     # ============ resuming ============
-    done, best, position = 0, -math.inf, 0
+    done, best, log_bytes = 0, -math.inf, 0
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -244,17 +250,19 @@ def main(argv: list[str] | None = None) -> None:
         if task_metric:
             task_metric.squares.copy_(saved["task_metric"])
         done, best = saved["iteration"], saved["best"]
-        next_kmeans, position = saved["next_kmeans"], saved["position"]
-    log = Log(folder, config, process, train_set, done, position)
+        next_kmeans, log_bytes = saved["next_kmeans"], saved["log_bytes"]
+        del saved
+    log = Log(folder, config, process, train_set, done, log_bytes)
+    # What evaluate.py needs to know:
     about = dict(
         model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
         data_options=options, classes=classes, palette=[list(color) for color in train_set.info.palette],
-        config=vars(config))  # what evaluate.py needs to know
+        config=vars(config))
 
     # ============ the alternation ============
     batches = data.forever(loader, done)
     for iteration in range(done + 1, config.iters + 1):
-        torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # what a resumed run draws, too
+        torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
         network.train()
         images, masks, index = next(batches)
         images = data.normalize(images.to(device, non_blocking=True))
@@ -264,14 +272,14 @@ def main(argv: list[str] | None = None) -> None:
         # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             out = network(images)
-        A = out.routes.activations(config.gate_space) if model.dim else out.A
+        A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {"task": segmentation_loss(out.logits.float(), masks, world)}
         if config.lambda1:
+            cost, total = mean_over_ranks(out.cost, world), model.budgeted_cost(*images.shape[-2:])
             ramp = budget_ramp((iteration - 1) / config.iters)
-            share = mean_over_ranks(out.cost.mean() / model.budgeted_cost(*images.shape[-2:]), world)
-            terms["cost"] = config.lambda1 * ramp * cost_loss(share[None], 1.0, config.budget)
-        if config.lambda2 and bank.clusters and iteration > config.lambda2_start * config.iters:
-            clusters = bank.clusters
+            terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
+        clusters = bank.clusters
+        if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
@@ -285,19 +293,19 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step()
         log.add(terms, gradient_norm, index)
 
-        # (2) K-means over the gate activations of the training set, theta fixed
-        if model.dim:
-            bank.update(index, A)
+        # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
+        # tells what the clusters are.
+        bank.update(index, A)
         if task_metric:
             task_metric.update(out.routes)
-        due = model.dim and (iteration >= next_kmeans or iteration == config.iters)
-        if due and bank.count >= config.k:
-            log.check(iteration)
+        due = iteration >= next_kmeans or iteration == config.iters
+        if config.k and due and bank.count >= config.k:
+            log.check(iteration)  # K-means must not see what is not finite
             if config.activations == "recompute":
-                once = data.pass_loader(
+                full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
-                inputs = ((data.normalize(images.to(device)), index) for images, _, index in once)
+                inputs = ((data.normalize(images.to(device)), index) for images, _, index in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
             metric = task_metric.weights() if task_metric else None
             if config.oracle:
@@ -313,22 +321,23 @@ def main(argv: list[str] | None = None) -> None:
         saving = evaluating or iteration % config.save_every == 0
         improved = False
         if saving or iteration % config.log_every == 0:
-            log.train(iteration, lr, route_cost(model, out, images.shape[-2:]))  # raises if not finite
+            log.steps_line(iteration, lr, route_cost(model, out, images.shape[-2:]))
         if evaluating:
-            again = data.train_loader(
+            bn_loader = data.train_loader(
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
-            some = itertools.islice(data.forever(again), config.bn_batches)
-            inputs = (data.normalize(images.to(device)) for images, _, _ in some)
+            bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
+            inputs = (data.normalize(images.to(device)) for images, _, _ in bn_batches)
             reestimate_batch_norm(model, inputs, world)
             result = evaluate.evaluate_segmentation(model, val_loader, len(classes), process)
             score = result.miou()
-            improved, best = score > best, max(score, best)
+            improved = score > best
+            best = score if improved else best
             log.evaluation(iteration, f"mIoU {100 * score:.2f}", result.flops, result.scores())
         if saving and rank == 0:
             contents = about | dict(
                 bank=bank.state_dict(), task_metric=task_metric and task_metric.squares,
                 optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), iteration=iteration,
-                best=best, next_kmeans=next_kmeans, position=log.position())
+                best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save_checkpoint(folder / name, model, **contents)
     finish(folder, config, process, log)
@@ -381,7 +390,7 @@ def warm_up(config: argparse.Namespace, step: int) -> float:
 def segmentation_loss(logits: Tensor, masks: Tensor, world: int) -> Tensor:
     """Cross-entropy [B, classes, H, W], [B, H, W] -> mean over the labelled pixels of all ranks, 0 if none.
 
-    Each rank has its own pixels' share times the number of ranks: DistributedDataParallel takes the mean.
+    DistributedDataParallel averages gradients: so each rank returns world · its own sum / all pixels.
     """
     valid = (masks != data.IGNORE).sum()
     if world > 1:
@@ -390,13 +399,14 @@ def segmentation_loss(logits: Tensor, masks: Tensor, world: int) -> Tensor:
     return total * world / valid.clamp(min=1)
 
 
-def mean_over_ranks(value: Tensor, world: int) -> Tensor:
-    """Mean of a 0-dim tensor over all ranks; its gradient is this rank's share times the number of ranks."""
+def mean_over_ranks(values: Tensor, world: int) -> Tensor:
+    """Mean of [B] over the images of all ranks: [1], with the gradient of this rank's own mean."""
+    own = values.mean()[None]
     if world == 1:
-        return value
-    mean = value.detach().clone()
+        return own
+    mean = own.detach().clone()
     dist.all_reduce(mean)
-    return value + (mean / world - value.detach())
+    return own + (mean / world - own.detach())
 
 
 def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
@@ -415,7 +425,7 @@ def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
 def make_bank(model: nn.Module, config, train_set, device: torch.device) -> ActivationBank:
     """The bank of the training set. Raises InputError where it cannot have the clusters that are asked
     for."""
-    if model.dim and config.k > len(train_set):
+    if config.k and config.k > len(train_set):
         raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
     subsets = 0 if train_set.subset is None else int(train_set.subset.max()) + 1
     if config.oracle and config.k != subsets:
@@ -469,7 +479,7 @@ class TaskMetric:
         squares = gradient[:, 1:].flatten(1).square().mean(0)
         if dist.is_initialized():
             dist.all_reduce(squares)  # the sum does: only ratios count
-        self.squares.lerp_(squares, 1 - momentum)
+        self.squares.lerp_(squares.to(self.squares.device), 1 - momentum)
 
     def weights(self) -> Tensor:
         """[D] that A is multiplied by, mean square 1 over the paths that exist; at least 0.01."""
@@ -481,13 +491,6 @@ class TaskMetric:
 
 # ============ what both training loops share: the run ============
 
-# What may differ between a run and its continuation; all else decides what comes out.
-FREE = {
-    "out", "name", "resume", "data", "workers", "device", "compile", "save_every", "eval_batch", "init",
-    "train_json", "train_images", "val_json", "val_images",
-}
-
-
 def open_run(folder: Path, config, process: Process, classes: list, train_set) -> dict | None:
     """The checkpoint that the run goes on from, or None for a new run; every rank reads it.
 
@@ -495,42 +498,42 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     differ.
     """
     path = folder / "last.pt"
-    saved = None
-    if path.exists():
-        if config.resume is None:
-            words = f"{folder} holds a run already; go on with --resume, or choose another name"
-            raise InputError(f"--name {config.name}: {words}")
-        saved = read_file(path, "a checkpoint of this run")
-        if "next_kmeans" not in saved:
-            raise InputError(f"{path}: not a checkpoint that a run can go on from")
-        for key, value in saved["config"].items():
-            now = vars(config).get(key)
-            if key not in FREE and json.dumps(now) != json.dumps(value):
-                words = f"{folder} was started with {value}; repeat that, or choose another --name"
-                raise InputError(f"--{key.replace('_', '-')} {now}: {words}")
-        if saved["classes"] != classes or len(saved["bank"]["seen"]) != len(train_set):
-            raise InputError(f"--resume: {folder} was started on other data")
-    elif config.resume == "yes":
-        raise InputError(f"--resume: {folder} holds no run to go on with; start it without --resume")
+    saved = read_file(path, "a checkpoint of this run") if path.exists() else {}
     if process.world > 1:
-        at = torch.tensor(saved["iteration"] if saved else 0, device=process.device)
+        at = torch.tensor(saved.get("iteration", 0), device=process.device)
         first = at.clone()
         dist.broadcast(first, 0)
         if at != first:
             raise InputError(f"--out {config.out}: must be one folder, on a disk that all machines share")
+    if not saved and config.resume == "yes":
+        raise InputError(f"--resume: {folder} holds no run to go on with; start it without --resume")
+    if not saved:
+        return None
+    if config.resume is None:
+        words = f"{folder} holds a run already; go on with --resume, or choose another name"
+        raise InputError(f"--name {config.name}: {words}")
+    if "log_bytes" not in saved:
+        raise InputError(f"{path}: not a checkpoint that a run can go on from")
+    for key, value in saved["config"].items():
+        now = vars(config).get(key)
+        if key not in evaluate.FREE and json.dumps(now) != json.dumps(value):
+            words = f"{folder} was started with {value}; repeat that, or choose another --name"
+            raise InputError(f"--{key.replace('_', '-')} {now}: {words}")
+    if saved["classes"] != classes or len(saved["bank"]["seen"]) != len(train_set):
+        raise InputError(f"--resume: {folder} was started on other data")
     return saved
 
 
 class Log:
     """log.jsonl, one json line per event, and the progress bar: both on the first process alone.
 
-    Loss terms are summed on the device. Reading the sums, every `log_every` steps, is when the loop waits for
-    it.
+    Loss terms stay on the device until a line is due. Reading them then is when the loop waits for it.
     """
 
-    def __init__(self, folder: Path, config, process: Process, train_set, done: int, position: int):
+    def __init__(self, folder: Path, config, process: Process, train_set, done: int, log_bytes: int):
         self.folder, self.config, self.process, self.train_set = folder, config, process, train_set
-        self.sums, self.steps, self.started, self.index = {}, 0, time.perf_counter(), None
+        self.values: dict[str, list[Tensor]] = {}  # since the last line
+        self.started, self.index = time.perf_counter(), None
         self.bar = tqdm(
             total=config.iters, initial=done, desc=config.name, disable=process.rank > 0, dynamic_ncols=True)
         if process.rank == 0:
@@ -538,10 +541,10 @@ class Log:
             resolved = vars(config) | {"device": str(process.device), "processes": process.world}
             (folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
             self.file = open(folder / "log.jsonl", "a", buffering=1)
-            self.file.truncate(position)  # what came after the checkpoint comes again
+            self.file.truncate(min(log_bytes, self.file.tell()))  # what came after the checkpoint comes again
 
-    def position(self) -> int:
-        """Bytes of the log so far, which are on the disk."""
+    def bytes(self) -> int:
+        """Length of the log, all of which is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()
@@ -554,46 +557,50 @@ class Log:
         """A step's loss terms, as they enter the sum; index: the images of the step."""
         values = {f"loss_{name}": term.detach() for name, term in terms.items()}
         for name, value in (values | {"gradient_norm": gradient_norm}).items():
-            self.sums[name] = value + self.sums.get(name, 0.0)
-        self.steps, self.index = self.steps + 1, index
+            self.values.setdefault(name, []).append(value)
+        self.index = index
         self.bar.update()
 
     def check(self, iteration: int) -> dict[str, float]:
-        """Means since the last line of what was added, over all ranks.
+        """Means of what was added since the last line, over the steps that had it and over all ranks.
 
         Raises InputError, on all ranks, where one is not finite: nothing broken is saved.
         """
-        values = torch.stack([total.float() for total in self.sums.values()]) / self.steps
+        values = torch.stack([torch.stack(added).float().mean() for added in self.values.values()])
         if self.process.world > 1:
             dist.all_reduce(values)
             values /= self.process.world
-        means = dict(zip(self.sums, values.tolist()))
+        means = dict(zip(self.values, values.tolist()))
         broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
         if broken:
+            self.bar.close()
             images = ", ".join(self.train_set.image_name(i) for i in self.index.tolist())
             kept = f"; {self.folder}/last.pt is from before" if (self.folder / "last.pt").exists() else ""
             words = f"{', '.join(broken)}; the last images were {images}; try a lower --lr{kept}"
             raise InputError(f"iteration {iteration}: {words}")
         return means
 
-    def train(self, iteration: int, lr: float, cost: Tensor) -> None:
-        """A line about the steps since the last one, and of the cost, real and expected [2], of the last
-        step."""
-        self.sums |= dict(zip(("gflops_real", "gflops_expected"), cost * self.steps))
+    def steps_line(self, iteration: int, lr: float, cost: Tensor) -> None:
+        """A line about the steps since the last one; cost [2], real and expected, is the last step's.
+
+        Raises InputError as `check` does.
+        """
+        steps = len(self.values["gradient_norm"])
+        self.values |= {"gflops_real": [cost[0]], "gflops_expected": [cost[1]]}
         means = {name: float(f"{value:.6g}") for name, value in self.check(iteration).items()}
-        speed = self.steps * self.config.batch / (time.perf_counter() - self.started)
+        speed = steps * self.config.batch / (time.perf_counter() - self.started)
         self.write("train", iteration, **means, lr=lr, images_per_second=speed)
         shown = {name: f"{value:.3g}" for name, value in (means | {"images/s": speed}).items()}
         self.bar.set_postfix(shown)
-        self.sums, self.steps, self.started = {}, 0, time.perf_counter()
+        self.values, self.started = {}, time.perf_counter()
 
     def clusters(self, iteration: int, bank: ActivationBank) -> None:
         """Sizes, inter, intra and sigma2 after a K-means update; a collapse is said in words."""
         if self.process.rank > 0:
             return
         clusters = bank.clusters
-        A, labels = bank.values[bank.seen], clusters.labels[bank.seen]
-        inter, intra = inter_intra(A, labels, clusters.centers, max_samples=500)
+        A = bank.values[bank.seen]
+        inter, intra = inter_intra(A, clusters.nearest(A)[0], clusters.centers, max_samples=500)
         collapse = describe_collapse(clusters.sizes, inter, intra)
         health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
         self.write("kmeans", iteration, **health, collapse=collapse)
@@ -626,7 +633,7 @@ def finish(folder: Path, config: argparse.Namespace, process: Process, log: Log)
     if dist.is_initialized():
         dist.destroy_process_group()
     if process.rank == 0:
-        print(f"wrote {folder}/last.pt; evaluate it: python evaluate.py {folder}/last.pt")
+        print(f"{folder}/last.pt is done; evaluate it: python evaluate.py {folder}/last.pt")
         if config.dataset == "shapes":
             evaluate.main([f"{folder}/last.pt"], Process(0, 1, process.device))
 
