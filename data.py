@@ -258,8 +258,7 @@ def read_image(path: str | os.PathLike, mode: str | None = "RGB") -> np.ndarray:
 
 
 def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: bool = False) -> v2.Compose:
-    """Random short side, random square crop, horizontal flip; None leaves that step out. jitter:
-    `photometric`.
+    """Random short side, random square crop, flip; None leaves a step out. jitter: `photometric`.
 
     Takes and gives (tv_tensors.Image, tv_tensors.Mask). Draws from torch's global random state.
     """
@@ -363,8 +362,8 @@ def detection_dataset(
     root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True
     flips images at random and leaves out those without a usable object; with jitter it also changes their
     look, see `photometric`. masks: targets have instance masks. annotations, images: json file and image
-    folder in place of those under `root`. limit: take the first so many images only. shapes_options: see
-    `ShapesDataset`.
+    folder in place of those under `root`. limit: take the first so many images only.
+    shapes_options: see `ShapesDataset`.
 
     Items are (image uint8 [3, H, W] RGB, target, index). A target holds boxes float32 [n, 4], x1 y1 x2 y2 in
     pixels; labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes
@@ -386,8 +385,7 @@ def detection_dataset(
 
 
 def _flip_and_sanitize(train: bool, jitter: bool) -> v2.Compose:
-    """Boxes to x1 y1 x2 y2 inside the image; what is no object any more is dropped with its label and
-    mask."""
+    """Boxes to x1 y1 x2 y2 inside the image; drops what is no object any more, with label and mask."""
     steps = [v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     if train:
         steps.append(v2.RandomHorizontalFlip())
@@ -459,8 +457,7 @@ class CocoImages(datasets.CocoDetection):
                 raise DataError(f"{os.path.join(self.root, name)}: {words}")
 
     def _check_annotations(self) -> None:
-        """Every annotation can be used; what pycocotools takes for granted and other tools leave out is
-        filled in."""
+        """Makes every annotation usable: fills in what pycocotools needs and other tools leave out."""
         parts = (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats))
         for part, index in parts:
             if len(index) != len(self.coco.dataset.get(part, ())):
@@ -508,8 +505,7 @@ class CocoImages(datasets.CocoDetection):
         return self.coco.loadImgs(self.ids[index])[0]["file_name"]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-        """Raises DataError for an image that cannot be read or is not of the size that the annotations
-        say."""
+        """Raises DataError for an image that cannot be read or has another size than annotated."""
         id = self.ids[index]
         path, listed = os.path.join(self.root, self.image_name(index)), self.coco.imgs[id]
         image = read_image(path)
@@ -551,8 +547,7 @@ def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 class GlobalBatches(Sampler):
-    """This rank's share of shuffled global batches, as (epoch, index); the same batches for any number of
-    ranks.
+    """This rank's share of shuffled batches, as (epoch, index); the same batches for any number of ranks.
 
     With aspect ratios, the images of a batch are of like shape, so that little is padding: in the groups of
     torchvision's reference (k = 3: bounds at 2 to the -1, -2/3, ... 1). What fills no batch of its group goes
@@ -690,8 +685,8 @@ def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], 
 
 class Look(NamedTuple):
     """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's
-    side, intensities are on 0..1. One value per image is drawn of each but `radius`, drawn for each
-    object."""
+    side, intensities are on 0..1. One value per image is drawn of each,
+    of `radius` one per object."""
 
     radius: tuple[float, float]  # of the objects
     brightness: tuple[float, float]  # of the background
@@ -742,8 +737,8 @@ class ShapesDataset(Dataset):
       night  many small bright objects on a dark and noisy background
       dust   objects between those of rain and night on a rippled background of sand (with subsets=4)
     With hard=True the scale alone differs: everything else is drawn for every subset from the one
-    distribution `COMMON`. Objects cover the same share of every image, so there are fewer where they are
-    larger.
+    distribution `COMMON`. Objects cover the same share of every image: the larger
+    they are, the fewer.
 
     Both modes vary within a subset: the number, classes, places, sizes, rotation, colours and overlaps of the
     objects; hue, brightness, gradient and waves of the background; rain, blur and noise. Colour says nothing
@@ -811,8 +806,7 @@ class ShapesDataset(Dataset):
 
 
 def _colour(brightness: float, hue: float, saturation: float) -> np.ndarray:
-    """RGB, float32 [3, 1, 1] on 0..1, with the brightness as its mean where the range allows; hue in
-    turns."""
+    """RGB [3, 1, 1] on 0..1, with the brightness as its mean where the range allows; hue in turns."""
     rgb = [brightness + saturation * math.cos(2 * math.pi * (hue + third / 3)) for third in range(3)]
     return np.array([[[min(max(c, 0), 1)]] for c in rgb], dtype=np.float32)
 
@@ -830,8 +824,7 @@ def _paint_objects(rng: np.random.Generator, radii: tuple[float, float], drawn: 
                    canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Paints objects on the canvas [3, H, W], later ones on top, until `coverage` of it is under them.
 
-    Returns the instance of each pixel, int16 [H, W], 0 where there is none, and the class of each instance,
-    uint8.
+    Returns the instance of each pixel, int16 [H, W], 0 for none, and the class of each instance, uint8.
     """
     size = canvas.shape[1]
     instance = np.zeros((size, size), dtype=np.int16)

@@ -227,11 +227,9 @@ def coco_results(dataset, index: int, found: dict[str, Tensor]) -> list[dict]:
 
 
 def average_precision(dataset, detections: list[dict], kind: str) -> tuple[dict[str, float], str]:
-    """pycocotools' own evaluation of COCO results on all images of the data set -> its twelve numbers, its
-    table.
+    """pycocotools' own evaluation of COCO results on the whole data set -> its twelve numbers, its table.
 
-    kind: "bbox" or "segm". The numbers are on 0..1; -1 where there is nothing to measure, such as no small
-    objects.
+    kind: "bbox" or "segm". The numbers are on 0..1; -1 where there is nothing to measure.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -403,8 +401,7 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
 
 
 def prediction_writer(folder: Path, dataset):
-    """-> save(index, prediction uint8 [H, W]): a PNG under the image's own name, with the data set's label
-    ids."""
+    """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name."""
     label_of_class = torch.arange(256, dtype=torch.uint8)
     for label, class_id in dataset.info.label_ids.items():
         if class_id != data.IGNORE:
@@ -663,8 +660,7 @@ def to_rgb(image: Tensor) -> np.ndarray:
 
 
 def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
-    """Writes each picture of --image with its prediction and its expert on it; with --figures also its
-    route."""
+    """Writes each picture of --image with its prediction and its expert, with --figures also its route."""
     source, model, checkpoint = arguments.image, viewer.model, viewer.checkpoint
     paths = [source]
     if not source.is_file():
@@ -917,8 +913,7 @@ EMBEDDED = 5000  # images at most in the plane: t-SNE takes about half a minute 
 
 
 def draw_figures(arguments: argparse.Namespace, runs: list[RunResult], process: Process) -> None:
-    """Draws all that the checkpoints allow: some figures of each, NAME-RUN, and some of all together,
-    NAME."""
+    """Draws all that the runs allow: some figures of each, NAME-RUN, and some of all together, NAME."""
     for i, run in enumerate(runs):
         if run.name in [other.name for other in runs[:i]]:
             run.name = f"{run.name}-{i + 1}"
@@ -1066,8 +1061,7 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
 
 
 def embed(points: Tensor) -> tuple[Tensor, str]:
-    """[N, D] -> [N, 2] and how: t-SNE where scikit-learn is installed and there are enough points, else
-    PCA."""
+    """[N, D] -> [N, 2] and how: t-SNE where scikit-learn is installed and points are enough, else PCA."""
     centered = (points - points.mean(0)).double()
     with contextlib.suppress(ImportError):
         from sklearn.manifold import TSNE
@@ -1211,8 +1205,7 @@ def draw_predictions(run: RunResult, runs: list[RunResult], viewer: Viewer, coun
 
 
 def segmentation_pictures(viewer: Viewer, image: Tensor, truth: Tensor) -> list[Tensor]:
-    """Truth, prediction and errors, uint8 [3, H, W]. Errors: white is right, dark is wrong, grey has no
-    label."""
+    """Truth, prediction, errors, uint8 [3, H, W]; an error is dark, what has no label grey."""
     palette = torch.full((256, 3), 200, dtype=torch.uint8)
     colors = torch.tensor(viewer.checkpoint["palette"], dtype=torch.uint8)
     palette[: len(colors)] = colors
@@ -1227,8 +1220,7 @@ def segmentation_pictures(viewer: Viewer, image: Tensor, truth: Tensor) -> list[
 
 
 def read_log(path: Path) -> list[dict]:
-    """The events of a run's log.jsonl; [] where there is none. A last line still being written is left
-    out."""
+    """The events of a run's log.jsonl, without a last line still being written; [] where it is missing."""
     events = []
     lines = path.read_text().splitlines() if path.exists() else []
     for n, line in enumerate(lines, 1):

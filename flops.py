@@ -332,8 +332,7 @@ def machine(device: torch.device) -> str:
 
 
 def time_in_turns(contenders: dict, runs: int, device: torch.device) -> tuple[dict, dict]:
-    """Seconds of each of `runs` runs by name, after one to warm up, and on CUDA the peak MiB beyond the
-    start."""
+    """By name: seconds of each of `runs` runs, after one to warm up; on CUDA the peak MiB above the start."""
     seconds, peaks = {name: [] for name in contenders}, {}
     for turn in range(runs + 1):
         for name, run in contenders.items():

@@ -93,8 +93,7 @@ def _nearest(x: Tensor, centers: Tensor, offset: Tensor) -> Tensor:
 
 
 def _move(sums: Tensor, x: Tensor, moved: Tensor, old: Tensor, new: Tensor) -> None:
-    """Moves the samples `moved` [m] from the sums [k, D] of their old clusters to those of the new; -1:
-    none."""
+    """Moves samples `moved` [m] from the sums [k, D] of their old clusters (-1: none) to their new ones'."""
     clusters = torch.arange(len(sums), device=x.device)[:, None]
     for rows in moved.split(CHUNK):
         sign = (new[rows] == clusters).double() - (old[rows] == clusters).double()  # [k, rows]
@@ -322,8 +321,7 @@ def inter_intra(
 ) -> tuple[float, float]:
     """Inter and Intra of tables 2 and 3, as section 4.1 words them.
 
-    Inter: mean Euclidean distance over pairs of centres (empty clusters' too); 0.0 for fewer than two
-    centres.
+    Inter: mean Euclidean distance over pairs of centres, empty clusters' too; 0.0 for a single one.
     Intra: mean distance over pairs of samples in a cluster, averaged over the clusters of at least two
            samples; 0.0 if there is none.
 

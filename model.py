@@ -97,8 +97,7 @@ def build_model(
         detector: in detection, the arguments of `Detector`, all with defaults; pyramid, channels of the maps
             (256), the heads' widths follow; frozen (False), see `resnet50_fpn`.
 
-    Raises InputError for a variant that is none of the task's, and for sizes that cannot be built or do not
-    apply.
+    Raises InputError for a variant that is none of the task's, and for sizes that cannot be built.
     """
     if variant not in variants_of(task):
         names = ", ".join(variants_of(task))
@@ -295,8 +294,7 @@ class Detector(nn.Module):
         short_sides, long_side: pixels. An image's short side becomes one of `short_sides` (drawn in training,
             the last in evaluation), its long side at most `long_side`.
         anchor: pixels, side of the anchors on the finest map, doubled on each coarser one. Boxes of 7 times
-            that side are pooled from stride 16, others from the map by the same scale (32: torchvision's
-            224).
+            that side are pooled from stride 16, others by the same scale (32: torchvision's 224).
         proposals: of the RPN per image in evaluation; twice as many in training.
         rois: regions per image that the box head is trained on.
     """
@@ -351,9 +349,9 @@ class Detector(nn.Module):
         return images, targets
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> DetectionOutput:
-        """images: list of [3, H, W] on 0..1, of any size. targets, in training: a list of dicts with boxes
-        [n, 4] as x1 y1 x2 y2 in pixels, labels int64 [n] from 1, and with masks also masks uint8 [n, H, W]; n
-        may be 0."""
+        """images: list of [3, H, W] on 0..1, of any size. targets, in training: a list of dicts with
+        boxes [n, 4] as x1 y1 x2 y2 in pixels, labels int64 [n] from 1, and with masks also masks
+        uint8 [n, H, W]; n may be 0."""
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.prepare(images, targets)
         padded = tuple(batch.tensors.shape[-2:])
@@ -463,8 +461,7 @@ def count_multiply_adds(network: nn.Module, image, elementwise: bool = True) -> 
 
 
 def save_checkpoint(path: Path, model: nn.Module, **contents) -> None:
-    """Writes the model's weights and `contents` at once or not at all: to a temporary file that replaces
-    `path`.
+    """Writes the model's weights and `contents`, at once or not at all: a temporary file replaces `path`.
 
     `load_checkpoint` needs "model_args" in `contents`, the arguments of `build_model`. Raises InputError
     where it cannot be written, a full disk for one; what was there is untouched.

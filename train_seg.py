@@ -423,8 +423,7 @@ def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
 
 
 def make_bank(model: nn.Module, config, train_set, device: torch.device) -> ActivationBank:
-    """The bank of the training set. Raises InputError where it cannot have the clusters that are asked
-    for."""
+    """The bank of the training set. Raises InputError where it cannot have the --k clusters."""
     if config.k and config.k > len(train_set):
         raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
     subsets = 0 if train_set.subset is None else int(train_set.subset.max()) + 1
@@ -491,11 +490,11 @@ class TaskMetric:
 
 # ============ what both training loops share: the run ============
 
+
 def open_run(folder: Path, config, process: Process, classes: list, train_set) -> dict | None:
     """The checkpoint that the run goes on from, or None for a new run; every rank reads it.
 
-    Raises InputError where there is nothing to resume, a run would be overwritten, or settings or data
-    differ.
+    Raises InputError where there is nothing to resume, and for a run that would be overwritten or differs.
     """
     path = folder / "last.pt"
     saved = read_file(path, "a checkpoint of this run") if path.exists() else {}
@@ -618,8 +617,7 @@ class Log:
 
 
 def route_cost(model: nn.Module, out, size: tuple[int, int]) -> Tensor:
-    """G multiply-adds per image of a batch [2]: what ran, and with alpha's share of cells and paths in its
-    place."""
+    """G multiply-adds per image of a batch [2]: what ran, and what alpha expects of cells and paths."""
     parts = model.real_cost(out.routes, *size, model.counts[0])
     real = sum(parts.values()).double().mean()
     routed = sum(parts[part].double().mean() for part in ("cells", "paths") if part in parts)
