@@ -331,13 +331,11 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
     return v2.functional.to_dtype(images, torch.float32, scale=True)
 
 
-def normalize(
-    images: torch.Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-) -> torch.Tensor:
-    """uint8 [..., 3, H, W] to float32, minus `mean`, divided by `std`, both on 0..1; on the same device."""
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] to float32 with ImageNet's mean and deviation, on the same device."""
     # v2.functional.normalize makes its numbers on the device, and waits for it.
-    mean = torch.tensor(mean)[:, None, None].to(images.device, non_blocking=True)
-    std = torch.tensor(std)[:, None, None].to(images.device, non_blocking=True)
+    mean = torch.tensor(MEAN)[:, None, None].to(images.device, non_blocking=True)
+    std = torch.tensor(STD)[:, None, None].to(images.device, non_blocking=True)
     return (as_float(images) - mean).div_(std)
 
 

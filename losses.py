@@ -50,7 +50,8 @@ def clustering_loss(
 
     The mean over the batch of
 
-        { margin + ‖A − mu(x)‖ / (2 sigma2) + log Σ_{k ≠ own} exp(−‖A − mu_k‖ / (2 sigma2)) }₊
+        { margin + ‖A − mu(x)‖ / (2 sigma2)
+                 + log Σ_{k ≠ own} exp(−‖A − mu_k‖ / (2 sigma2)) }₊
 
     with plain (not squared) Euclidean norms.
 
@@ -81,8 +82,8 @@ def clustering_loss(
         sigma2 = sigma2.detach().clamp(min=sigma2_floor)
     else:
         sigma2 = max(sigma2, sigma2_floor)
-    # Differences first, [B, K, D]: exact near a centre, where ‖A‖² − 2A·mu + ‖mu‖² cancels. At 0 the norm has
-    # no gradient; torch gives it 0.
+    # Differences first, [B, K, D]: exact near a centre, where ‖A‖² − 2A·mu + ‖mu‖² cancels.
+    # At 0 the norm has no gradient; torch gives it 0.
     distance = torch.linalg.vector_norm(A[:, None] - mu, dim=2)  # [B, K]
     own = distance.detach().argmin(dim=1) if own is None else own.to(A.device, torch.int64)
     belongs, own = own >= 0, own.clamp(min=0)[:, None]

@@ -837,7 +837,7 @@ def test_two_processes_have_one_bank_one_clustering_and_the_gradients_of_the_who
     seen = torch.tensor([0, 1, 2, 3, 5, 7, 8])
     centers, labels, inertia = kmeans.kmeans(A[seen], 2, seed=0)
     for rank in (0, 1):
-        saved = torch.load(f"{rank}.pt")
+        saved = torch.load(f"{rank}.pt", weights_only=True)
         bank, clusters = saved["bank"], saved["bank"]["clusters"]
         assert torch.equal(bank["seen"].nonzero().flatten(), seen)
         assert torch.equal(bank["values"][seen], A[seen])
@@ -1736,7 +1736,8 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation():
     assert two[3] == f"{np.mean(scores[2]):.2f} ± {np.std(scores[2], ddof=1):.2f}"
     assert two[4] == f"{np.mean(gflops):.4f} ± {np.std(gflops, ddof=1):.4f}"
     assert (two[-1], dr[0], dr[3], three[2], three[3], three[-1]) == ("3", "DR-A", "58.25", "3", "64.00", "1")
-    assert ["DivDR-A (DivDR Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9", "–", "–", "–"] in paper
+    row = ["DivDR-A (DivDR Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9", "–", "–", "–"]
+    assert row in paper
     assert {len(row) for row in paper} == {8}
     latex = evaluate.render([header, *rows], "latex").splitlines()
     assert latex[0] == r"\begin{tabular}{llrrrrrr}"
@@ -1807,7 +1808,8 @@ def test_figures_and_tables_reuse_what_is_kept_beside_the_checkpoint_while_it_is
     assert count(checkpoint, "--format markdown")[0] == 1  # and these again
     shutil.copytree(checkpoint.parent, copied.parent)
     time.sleep(0.01)
-    torch.save(torch.load(checkpoint) | {"iteration": 11}, copied)  # newer than what is kept
+    contents = torch.load(checkpoint, weights_only=True)
+    torch.save(contents | {"iteration": 11}, copied)  # newer than what is kept
     passed, out = count(checkpoint, copied)
     assert passed == 1 and "± 0.00" in out
     assert out.splitlines()[1].endswith("2") and "iteration 11 of 12" in out
