@@ -84,9 +84,9 @@ def kmeans(
 def _nearest(x: Tensor, centers: Tensor, offset: Tensor) -> Tensor:
     """Index of the nearest centre, [n], by one matrix product: eight times faster than from differences.
 
-    With c' = c − offset, ‖x − c‖² is −2 x·c' + c'·(c' + 2 offset) and a part that is the same for
-    all centres. `offset` [D] is a point amid the data: a large value common to all samples would
-    cost precision.
+    With c' = c − offset, ‖x − c‖² is −2 x·c' + c'·(c' + 2 offset) and a part that is the same
+    for all centres. `offset` [D] is a point amid the data: a large value common to all samples
+    would cost precision.
     """
     shifted = centers.double() - offset
     bias = (shifted * (shifted + 2 * offset)).sum(dim=1)
