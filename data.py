@@ -410,7 +410,7 @@ class CocoImages(datasets.CocoDetection):
         for path, exists in ((annotations, os.path.isfile), (images, os.path.isdir)):
             if not exists(path):
                 layout = "annotations/ beside train2017/ and val2017/"
-                words = f"get COCO 2017 from cocodataset.org ({layout}) or name your own files"
+                words = f"name your own files, or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress

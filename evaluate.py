@@ -15,9 +15,10 @@
     # eight processes; each image counts once
     torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt
 
-The checkpoint knows its network, data set and classes; flags override what can differ. What a split gave is
-kept beside the checkpoint, in NAME.SPLIT.activations: tables and figures take it from there. The first
-command, one checkpoint and no figures, always computes anew.
+The checkpoint knows its network, data set and classes; flags override what can differ. What is written beside
+it names checkpoint and split where these are not last.pt and val: metrics-test.json, experts-best.png. What a
+split gave is kept in NAME.SPLIT.activations: tables and figures take it from there. The first command, one
+checkpoint and no figures, always computes anew.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from tqdm import tqdm
 import data
 from kmeans import Clusters, agreement, describe_collapse, inter_intra, kmeans
 from model import (
-    VARIANTS, InputError, Parser, Process, cores_per_process, load_checkpoint, load_published, number,
-    one_line_errors, read_file, start_process,
+    VARIANTS, InputError, Parser, Process, cores_per_process, load_checkpoint, load_published, make_folder,
+    number, one_line_errors, read_file, start_process, write_file,
 )
 from routing import OPEN, fuse
 
@@ -347,10 +348,19 @@ def measure(arguments, model, checkpoint: dict, dataset, process: Process) -> Sp
     score = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
     result = score(arguments, model, checkpoint, dataset, process)
     if process.rank == 0:
-        temporary = path.with_name(path.name + ".tmp")
-        torch.save({"origin": origin, "result": vars(result)}, temporary)
-        os.replace(temporary, path)
+        write_file(path, lambda file: torch.save({"origin": origin, "result": vars(result)}, file))
     return result
+
+
+def beside(checkpoint: Path, split: str, name: str) -> Path:
+    """A file beside the checkpoint, which tells both where they are not last.pt and val."""
+    stem, ending = name.split(".")
+    told = [part for part in (checkpoint.stem, split) if part not in ("last", "val")]
+    return checkpoint.with_name("-".join([stem, *told]) + "." + ending)
+
+
+def write_json(path: Path, content) -> None:
+    write_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def gate_space(checkpoint: dict) -> str:
@@ -381,7 +391,7 @@ def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Pro
 
 
 def score_detection(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
-    """Also writes detections.json, in COCO's results format."""
+    """Also writes the detections, in COCO's results format."""
     batch = arguments.eval_batch or checkpoint["config"]["eval_batch"]
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     result = evaluate_detection(model, loader, dataset, process, gate_space(checkpoint))
@@ -393,8 +403,8 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
             metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
         tables.append(f"{name}, {arguments.split}, by pycocotools, over {len(result.A)} images\n{table}")
     if process.rank == 0:
-        path = checkpoint["path"].with_name("detections.json")
-        path.write_text(json.dumps(result.detections) + "\n")
+        path = beside(checkpoint["path"], arguments.split, "detections.json")
+        write_json(path, result.detections)
         tables.append(f"wrote {path}")
     size = model.prepare([data.as_float(dataset[0][0]).to(process.device)])[0].image_sizes[0]
     return SplitResult(result.A, result.flops, tuple(size), metrics, "\n".join(tables))
@@ -410,7 +420,8 @@ def prediction_writer(folder: Path, dataset):
     def save(index: int, prediction: Tensor) -> None:
         path = (folder / dataset.image_name(index)).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(label_of_class[prediction.cpu().long()].numpy()).save(path)
+        picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
+        write_file(path, lambda file: picture.save(file, "png"))
 
     return save
 
@@ -459,9 +470,9 @@ class RunResult:
 
 
 def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
-    """Evaluates on a split; the first process writes metrics.json beside the checkpoint.
+    """Evaluates on a split; the first process writes the metrics beside the checkpoint.
 
-    Where no table is asked for it also prints the report and draws experts.png.
+    Where no table is asked for it also prints the report and draws the experts.
     """
     model, checkpoint = open_checkpoint(arguments, path, process)
     dataset = open_split(arguments, checkpoint)
@@ -490,14 +501,16 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
             run.metrics["subsets"] = recovery(model, dataset, run)
     if process.rank > 0:
         return run
-    path.with_name("metrics.json").write_text(json.dumps(run.metrics, indent=2) + "\n")
+    report, picture = (beside(path, arguments.split, name) for name in ("metrics.json", "experts.png"))
+    write_json(report, run.metrics)
     if not arguments.table:
         print_report(run)
-        print(f"\nwrote {path.with_name('metrics.json')}")
+        print(f"\nwrote {report}")
         if clusters is not None:
             viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
-            draw_experts(run, [run], viewer).savefig(path.with_name("experts.png"), dpi=130)
-            print(f"wrote {path.with_name('experts.png')}")
+            figure = draw_experts(run, [run], viewer)
+            write_file(picture, lambda file: figure.savefig(file, format="png", dpi=130))
+            print(f"wrote {picture}")
     return run
 
 
@@ -683,7 +696,7 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
         inside = path.relative_to(source if source.is_dir() else path.parent)
         target = folder / inside.with_name(inside.name + ".png")
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_rgb(overlay)).save(target)
+        write_file(target, lambda file: Image.fromarray(to_rgb(overlay)).save(file, "png"))
         print(f"{path}: {words} -> {target}")
         if arguments.figures and model.dim:
             figure, ((left, right),) = new_figure(PAGE, 1.8, 1, 2, width_ratios=[1, 2])
@@ -701,15 +714,16 @@ METHODS = {
 }
 STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
 SCORES = ("mIoU", "box AP", "mask AP")
+OF_PAPERS = "What has a source is of Cityscapes val or COCO val2017"
 COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "Recovered")  # the last: % of known subsets
 SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2"}
 # Settings that do not decide what comes out, those that runs which are averaged may differ in, and those that
 # the method's name tells.
 FREE = {
-    "out", "name", "resume", "data", "workers", "device", "compile", "save_every", "eval_batch", "init",
-    "train_json", "train_images", "val_json", "val_images",
+    "out", "name", "resume", "data", "workers", "device", "compile", "log_every", "eval_every", "save_every",
+    "eval_batch", "init", "train_json", "train_images", "val_json", "val_images",
 }
-SAME_SETTING = FREE | {"seed", "log_every", "eval_every"}
+SAME_SETTING = FREE | {"seed"}
 OF_VARIANT = {"gate", "lambda1", "budget", "lambda2"}
 
 
@@ -880,7 +894,7 @@ def print_tables(arguments: argparse.Namespace, runs: list[RunResult]) -> None:
         note = f"On {', '.join(where)} {arguments.split}; GFLOPs per image, count: {', '.join(counts)};"
         note += " ± is the standard deviation over seeds (n - 1)."
         if arguments.published:
-            note += " Rows with a source: Cityscapes val, COCO val2017."
+            note += f" {OF_PAPERS}."
         print(("% " if form == "latex" else "\n") + note)
     for setting in group_runs(runs):
         seeds = [run.checkpoint["config"].get("seed") for run in setting.runs]
@@ -906,8 +920,9 @@ STYLE = {
     "pdf.fonttype": 42, "ps.fonttype": 42, "savefig.dpi": 200,
 }
 DASHES = (0, (1.2, 0.8))  # of what is less open
+OF_STEM = dict(color="0.45", linewidth=0.5, linestyle=":")  # its gates are not in A
 FAINT = "0.82"  # grey of what is closed or not spoken of
-DIFFERENCE = 0.02  # of alpha, below which two routes are drawn as the same
+LEAST = 0.02  # a mean alpha, or a difference of two, that is drawn as a line
 PAGE = 7.0  # inches, the width of a page's text
 EMBEDDED = 5000  # images at most in the plane: t-SNE takes about half a minute for them on one core
 
@@ -930,8 +945,9 @@ def save_figure(figure, folder: Path, name: str) -> None:
     if figure is None:
         return print(f"no {name}: these runs have nothing to show there", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png")
+    options = {"pdf": dict(metadata={"CreationDate": None}), "png": {}}
+    for form, more in options.items():
+        write_file(folder / f"{name}.{form}", lambda file: figure.savefig(file, format=form, **more))
     print(f"wrote {folder / name}.pdf and .png", file=sys.stderr)
 
 
@@ -972,7 +988,7 @@ def routes_panel(ax, grid: list, values: Tensor, color: str, title: str, least: 
     """
     from matplotlib.collections import LineCollection
 
-    faint, more, less, nodes = [((-1, 0), (0, 0)), ((-1, 0), (0, 1))], [], [], []
+    faint, more, less, nodes = [], [], [], []
     for (layer, scale, paths), alphas in zip(grid, values.view(-1, 3).tolist()):
         for path in paths:
             segment, alpha = ((layer, scale), (layer + 1, scale + path - 1)), alphas[path]
@@ -991,7 +1007,8 @@ def routes_panel(ax, grid: list, values: Tensor, color: str, title: str, least: 
     x, y, sizes, shades = zip(*nodes)
     edges = [FAINT if shade == "white" else "black" for shade in shades]
     ax.scatter(x, y, s=sizes, c=shades, edgecolors=edges, linewidths=0.5, label="nodes", zorder=3)
-    ax.scatter(-1, 0, s=16, marker="s", c="white", edgecolors="0.5", linewidths=0.6, zorder=3)
+    ax.add_collection(LineCollection([((-1, 0), (0, 0)), ((-1, 0), (0, 1))], **OF_STEM, zorder=1))
+    ax.scatter(-1, 0, s=16, marker="s", c="white", edgecolors=OF_STEM["color"], linewidths=0.6, zorder=3)
 
     layers, scales = grid[-1][0] + 1, 1 + max(scale for _, scale, _ in grid)
     shown = range(0, layers, 1 + layers // 9 + layers // 18)
@@ -1002,6 +1019,10 @@ def routes_panel(ax, grid: list, values: Tensor, color: str, title: str, least: 
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.label_outer()
+
+
+def count_images(count: int) -> str:
+    return f"{count or 'no'} image{'s' * (count != 1)}"
 
 
 def line_width(alpha: float) -> float:
@@ -1025,35 +1046,38 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     if run.clusters is None:
         return None
     centers, reference = as_alpha(run.clusters.centers, run.checkpoint), average_router(run, runs)
-    panels = []  # title, values, colour, least
+    panels = []  # title, values, colour
     for k, center in enumerate(centers):
         size, cost = run.metrics["images_per_expert"][k], run.metrics["gflops_per_expert"][k]
-        words = f"{size} images, {cost:.3g} GFLOPs" if size else "no image here"
-        panels.append((f"expert {k}: centre; {words}", center, COLORS[k % len(COLORS)], OPEN))
+        words = f"{count_images(size)}, {cost:.3g} GFLOPs" if size else "no image here"
+        panels.append((f"expert {k}: centre; {words}", center, COLORS[k % len(COLORS)]))
         others = torch.cat([centers[:k], centers[k + 1 :]])
         difference = center - others.mean(0) if len(others) else 0 * center
-        panels.append((f"expert {k} minus the mean of the others", difference, COLORS[0], DIFFERENCE))
+        panels.append((f"expert {k} minus the mean of the others", difference, COLORS[0]))
     averages = [run] if reference is None else [run, reference]
     for of, name in zip(averages, (f"all {len(run.result.A)} images", "Dynamic Routing, all images")):
         cost = of.metrics["gflops"]["paper"]["mean"]
-        panels.append((f"{name}: average, {cost:.3g} GFLOPs", of.alpha.mean(0), "0.25", OPEN))
+        panels.append((f"{name}: average, {cost:.3g} GFLOPs", of.alpha.mean(0), "0.25"))
         if of is run:
             farthest = centers.amax(0) - centers.amin(0)
-            panels.append(("largest difference between two experts", farthest, "0.25", DIFFERENCE))
+            panels.append(("largest difference between two experts", farthest, "0.25"))
         else:
             difference = run.alpha.mean(0) - of.alpha.mean(0)
-            panels.append(("average of DivDR minus Dynamic Routing's", difference, COLORS[0], DIFFERENCE))
+            panels.append(("average of DivDR minus Dynamic Routing's", difference, COLORS[0]))
     scales, rows = 1 + max(scale for _, scale, _ in run.grid), len(panels) // 2
     figure, axes = new_figure(PAGE, (0.35 + 0.24 * scales) * rows + 0.55, rows, 2, sharex=True, sharey=True)
-    for ax, (title, values, color, least) in zip(axes.flat, panels):
-        routes_panel(ax, run.grid, values, color, title, least)
+    for ax, (title, values, color) in zip(axes.flat, panels):
+        routes_panel(ax, run.grid, values, color, title, LEAST)
     lines = []
     for alpha in (1, 0.5, 0.1):
         lines.append(Line2D([], [], color="0.25", lw=line_width(alpha), label=f"α = {alpha:g}"))
-    lines.append(Line2D([], [], color=FAINT, lw=0.5, label="closed, or no difference"))
+    lines.append(Line2D([], [], color=FAINT, lw=0.5, label=f"below {LEAST:g}"))
+    lines.append(Line2D([], [], **OF_STEM, label="from the stem: not in A"))
     lines.append(Line2D([], [], color=COLORS[0], lw=2, label="more open"))
     lines.append(Line2D([], [], color=COLORS[1], lw=2, ls=DASHES, label="less open"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), handlelength=2.4)
+    close = dict(handlelength=2.4, columnspacing=1.4)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), **close)
+    figure.suptitle(run.name, fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -1152,7 +1176,8 @@ def draw_experts(run: RunResult, runs: list[RunResult], viewer: Viewer):
     figure, axes = new_figure(PAGE, sum(heights), len(sizes), columns, height_ratios=heights)
     for k, (row, size) in enumerate(zip(axes, sizes)):
         cost = f"\n{run.metrics['gflops_per_expert'][k]:.3g} GFLOPs" if size else ""
-        row[0].set_ylabel(f"expert {k}\n{size or 'no'} images{cost}", rotation=0, ha="right", va="center")
+        words = f"expert {k}\n{count_images(size)}{cost}"
+        row[0].set_ylabel(words, rotation=0, ha="right", va="center")
         for ax in row:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -1239,7 +1264,7 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     updates = [event for event in events if event["event"] == "kmeans"]
     panels: dict[str, dict] = {}  # title: label -> points
 
-    def line(title: str, label: str, *path) -> None:
+    def line(title: str, label: str, *path, scale: int = 1) -> None:
         """Adds a curve: what the events hold under a key, or under keys one inside the other."""
         points = []
         for event in events:
@@ -1247,7 +1272,7 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
             with contextlib.suppress(KeyError, TypeError):  # not an event that has it
                 for key in path:
                     value = value[key]
-                points.append((event["iteration"], value))
+                points.append((event["iteration"], scale * value))
         if points:
             panels.setdefault(title, {})[label] = points
 
@@ -1260,9 +1285,9 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     line("σ²", "σ², spread about the centres", "sigma2")
     for k in range(len(updates[0]["sizes"]) if updates else 0):
         line("images per cluster", f"expert {k}", "sizes", k)
-    line("evaluation", "mIoU", "miou")
-    line("evaluation", "box AP", "box", "AP")
-    line("evaluation", "mask AP", "mask", "AP")
+    line("evaluation, %", "mIoU", "miou", scale=100)
+    line("evaluation, %", "box AP", "box", "AP", scale=100)
+    line("evaluation, %", "mask AP", "mask", "AP", scale=100)
     if not panels:
         return None
     rows = -(-len(panels) // 2)
@@ -1272,7 +1297,7 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     ticks = [event["iteration"] for event in updates]
     for ax, (title, lines) in zip(axes.flat, panels.items()):
         for j, (label, points) in enumerate(lines.items()):
-            curve(ax, j, *zip(*points), label, marks=title == "evaluation")
+            curve(ax, j, *zip(*points), label, marks=title == "evaluation, %")
         along_x = ax.get_xaxis_transform()
         ax.plot(ticks, [0.012] * len(ticks), "|", color="0.45", ms=4, mew=0.6, transform=along_x)
         ax.set(ylabel=title, xlabel="iteration")
@@ -1289,8 +1314,8 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
 
 def trade_off_points(runs: list[RunResult], score: str, published: bool) -> list[tuple]:
     """Per setting, and per published row: label, (GFLOPs, deviation), (score, deviation), colour, fill."""
-    points = []
-    for setting, color in zip(group_runs(runs), itertools.cycle(COLORS)):
+    points, colors = [], COLORS[2:] if published else COLORS  # of the first two are the papers' methods
+    for setting, color in zip(group_runs(runs), itertools.cycle(colors)):
         count = f" ({len(setting.runs)} runs)" if len(setting.runs) > 1 else ""
         place = setting.mean_std("GFLOPs"), setting.mean_std(score)
         points.append((setting.label + count, *place, color, color))
@@ -1334,6 +1359,8 @@ def draw_trade_off(runs: list[RunResult], published: bool):
         ax.margins(0.1)
         ax.grid(color="0.9", lw=0.5)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if published:
+        figure.supxlabel(OF_PAPERS, fontsize=7)
     return figure
 
 
@@ -1366,7 +1393,7 @@ def draw_ablations(runs: list[RunResult], published: bool = False):
                 mean = [setting.mean_std(column)[0] for setting in along]
                 deviation = [setting.mean_std(column)[1] or 0 for setting in along]
                 curve(ax, j, x, mean, label, deviation)
-            ax.set_ylabel(f"{column}, %" if column in SCORES else column)
+            ax.set_ylabel(f"{column}, %" if column in (*SCORES, "Recovered") else column)
             ax.grid(color="0.9", lw=0.5)
             ax.margins(x=0.12, y=0.15)
             ax.label_outer()
@@ -1392,11 +1419,15 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
 
     arguments = parse(argv)
     process = process or start_process(arguments.device, arguments.workers)
-    if arguments.figures:
-        arguments.figures.mkdir(parents=True, exist_ok=True)  # before what takes long
+    for flag in ("figures", "predictions", "out"):  # before what takes long
+        if getattr(arguments, flag):
+            make_folder(getattr(arguments, flag), f"--{flag}")
+    wanted = "a checkpoint; training writes them to runs/NAME/last.pt"
+    if arguments.variant:
+        wanted = "a checkpoint of Dynamic Routing's authors"
     for path in arguments.checkpoint:
         if not path.is_file():
-            read_file(path, "a checkpoint; training writes them to runs/NAME/last.pt")  # says what is wrong
+            read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
         if arguments.image:
             if process.rank == 0:

@@ -38,6 +38,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from tqdm import tqdm
 
 from routing import RoutedBackbone, Routes, conv_bn, conv_cost, pad_to_stride
 
@@ -461,25 +462,41 @@ def count_multiply_adds(network: nn.Module, image, elementwise: bool = True) -> 
 
 
 def save_checkpoint(path: Path, model: nn.Module, **contents) -> None:
-    """Writes the model's weights and `contents`, at once or not at all: a temporary file replaces `path`.
+    """Writes the model's weights and `contents`; raises InputError as `write_file` does.
 
-    `load_checkpoint` needs "model_args" in `contents`, the arguments of `build_model`. Raises InputError
-    where it cannot be written, a full disk for one; what was there is untouched.
+    `load_checkpoint` needs "model_args" in `contents`, the arguments of `build_model`.
+    """
+    write_file(path, lambda file: torch.save({"weights": model.state_dict(), **contents}, file))
+
+
+def write_file(path: Path, write) -> None:
+    """Calls `write` with a binary file, which becomes `path` at once or not at all.
+
+    Raises InputError where it cannot be written, a full disk for one; what was there before is untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"weights": model.state_dict(), **contents}, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        words = f"could not be written ({reason}); what was there is kept; make room and go on with --resume"
+        words = f"could not be written ({reason}); what was there is kept; make room and repeat the command"
         raise InputError(f"{path}: {words}") from None
+    finally:  # also after Ctrl-C
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Makes the folder that `flag` names, with its parents. Raises InputError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
@@ -699,6 +716,8 @@ def one_line_errors(*kinds: type[Exception]):
     except (*kinds, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         message = "interrupted" if interrupted else error
+        for bar in list(getattr(tqdm, "_instances", ())):  # else they would be drawn again, after the line
+            bar.close()
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 2) from None
 
@@ -715,9 +734,15 @@ def start_process(device: str | None = None, workers: int = 0) -> Process:
     """Joins the process group where torchrun set one up, and picks the device: CUDA, else MPS, else the CPU.
 
     On a CPU, torch gets the cores that `workers` loader processes leave: a thread that shares its core with a
-    loader holds up all others. Raises InputError where `device` is not to be had.
+    loader holds up all others. Raises InputError where `device` is not to be had, or where torchrun would not
+    get over a restart.
     """
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        # torchrun keeps the store in which processes find each other, with the addresses of the dead.
+        needed = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --standalone or --rdzv_backend c10d"
+        raise InputError(f"--max-restarts: processes that start again would look for dead ones; {needed}")
     world, gpus = max(world, 1), torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available() and world == 1  # gloo moves no MPS tensors
     here = ["cuda"] * (gpus > 0) + [f"cuda:{i}" for i in range(gpus)] + ["mps"] * mps + ["cpu"]

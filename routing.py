@@ -83,8 +83,10 @@ def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
 
     Raises ValueError if the grid is too shallow to reach its coarsest scale.
     """
-    if scales not in (4, 5) or layers < scales - 1:
-        raise ValueError(f"layers={layers}, scales={scales}: scales is 4 or 5, layers at least scales - 1")
+    if scales not in (4, 5):
+        raise ValueError(f"scales={scales}: there are 4 or 5")
+    if layers < scales - 1:
+        raise ValueError(f"layers={layers}: {scales} scales take at least {scales - 1}")
     return [min(layer + 2, 4) for layer in range(layers - 1)] + [scales]
 
 
@@ -201,7 +203,7 @@ class RoutedBackbone(nn.Module):
         if gate not in ("full", "small"):
             raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small'")
         if width < 2 or width % 2:
-            raise ValueError(f"width={width}: the gates halve it, so it must be even")
+            raise ValueError(f"width={width}: must be even, for gates halve it, and at least 2")
         self.width, self.gate = width, gate
         self.nodes_per_layer = nodes_per_layer(layers, scales)
         self.num_nodes = sum(self.nodes_per_layer)

@@ -50,6 +50,7 @@ REAL = Path(os.environ.get("REAL_DATA", HERE.parent / "shared" / "data"))
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other
 torch.set_num_threads(1)
 CPU = model.Process(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools with NumPy 2
 # Painting takes time: where nothing else is said, shapes are few here.
 data.ShapesDataset.__init__ = functools.partialmethod(data.ShapesDataset.__init__, n_train=60, n_val=20)
 # Other processes start as copies of one that has read this file, and finds it by this path.
@@ -869,6 +870,13 @@ def test_variants_are_the_methods_table():
     assert (det.iters, det.lr_steps) == (90_000, [60_000, 80_000])
 
 
+def test_runs_of_both_tasks_have_folders_of_their_own():
+    shapes = ["--dataset", "shapes", "--seed", "3"]
+    names = [train_seg.settings(shapes).name, train_det.settings(shapes).name]
+    names.append(train_det.settings([*shapes, "--masks"]).name)
+    assert names == ["shapes-divdr-a-seed3", "shapes-boxes-divdr-a-seed3", "shapes-masks-divdr-a-seed3"]
+
+
 def test_norm_weights_have_no_weight_decay():
     network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
     decayed, free = train_seg.make_optimizer(network, train_seg.settings([])).param_groups
@@ -898,13 +906,28 @@ def test_batch_norm_is_reestimated_as_plain_averages():
     torch.testing.assert_close(network[0].running_var, batches.var((1, 3, 4)).mean(0))
 
 
+def test_recomputing_leaves_nothing_of_old_activations():
+    network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
+    images = torch.randn(6, 3, 32, 32)
+    bank, batches = kmeans.ActivationBank(6, network.dim, momentum=0.9), [[0, 3, 1], [2, 5, 4]]
+    bank.update(torch.arange(6), torch.ones(6, network.dim))
+    before = {name: buffer.clone() for name, buffer in network.named_buffers() if "running" in name}
+    inputs = ((images[index], torch.tensor(index)) for index in batches)
+    train_seg.recompute_activations(network, bank, inputs, "alpha")
+    after = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    for index in batches:
+        torch.testing.assert_close(bank.values[index], network.routes(images[index]).A)
+    assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
+
+
 @pytest.mark.parametrize("script, flags, words", [
     (train_seg, "--k 1", "--k"), (train_seg, "--crop 100", "--crop"), (train_seg, "--lr nan", "--lr"),
     (train_seg, "--dataset shapes --k 5000", "--k"), (train_seg, "--dataset shapes --batch 1", "--batch"),
     (train_seg, "--data nowhere", "nowhere gtFine/train cityscapes-dataset.com --dataset shapes"),
     (train_seg, "--dataset camvid --data nowhere", "nowhere trainannot SegNet --dataset shapes"),
     (train_seg, "--dataset shapes --data x", "x"), (train_seg, "--dataset camvid --size 64", "size shapes"),
-    (train_seg, "--device cuda:7", "--device"), (train_seg, "--dataset shapes --init x.pth", "x.pth"),
+    (train_seg, "--device cuda:7", "--device"), (train_seg, f"--dataset shapes --out {__file__}", "--out"),
+    (train_seg, "--dataset shapes --init x.pth", "x.pth"),
     (train_seg, "--variant deeplabv3-r101 --width 8 --dataset shapes", "--width"),
     (train_seg, "--variant dr-raw --lambda1 0.5", "--budget"), (train_det, "--data nowhere", "nowhere"),
     (train_det, "--variant deeplabv3-r101", "r50-fpn"), (train_det, "--dataset shapes --limit 4", "--batch"),
@@ -1549,10 +1572,10 @@ def test_a_published_checkpoint_is_read_whole_and_evaluated():
     torch.testing.assert_close(ours, F.conv2d(bgr, first.double(), stride=2), atol=1e-3, rtol=1e-4)
     command = f"camvid.pth --variant dr-a --data camvid {QUIET}"
     succeeds(evaluate.main, command, "--dataset camvid")
-    metrics = read_json("metrics.json")
+    metrics = read_json("metrics-camvid.json")
     assert metrics["images"] == 12 and metrics["variant"] == "dr-a" and metrics["gflops"]["paper"]["mean"] > 0
     refuses(lambda: run(evaluate.main, command), "11 classes")
-    refuses(lambda: run(evaluate.main, "metrics.json --variant dr-a"), "metrics.json")
+    refuses(lambda: run(evaluate.main, "metrics-camvid.json --variant dr-a"), "metrics-camvid.json")
     for missing in ("gate_conv", "sem_seg"):
         published_file("partial.pth", without=[missing])
         refuses(lambda: model.load_published("partial.pth", "dr-a", "cpu"), "--init")
@@ -1628,6 +1651,14 @@ def test_a_full_disk_leaves_the_file_before_it():
         refuses(lambda: model.save_checkpoint(path, network, iteration=2), path, "File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir() == ["last.pt"] and model.read_file(path, "")["iteration"] == 1
+
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.write_file(path, interrupted)
     assert os.listdir() == ["last.pt"] and model.read_file(path, "")["iteration"] == 1
 
 
@@ -1777,7 +1808,7 @@ def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
             drawn[tuple(ends.flatten().tolist())] = width
         for n, (layer, scale, _) in enumerate(run.grid):
             for path, alpha in enumerate(values[3 * n : 3 * n + 3].tolist()):
-                if alpha > 1e-4:
+                if alpha > evaluate.LEAST:
                     expected[layer, scale, layer + 1, scale + path - 1] = 0.5 + 3.5 * alpha
         assert drawn == pytest.approx(expected) and ax.get_title().startswith(title)
         nodes = collection(ax, "nodes").get_offsets().tolist()
@@ -1803,7 +1834,10 @@ def test_figures_and_tables_reuse_what_is_kept_beside_the_checkpoint_while_it_is
     assert count(checkpoint, "--figures drawn")[0] == 0
     assert {name for name, figure in figures.items() if figure} == {
         "predictions-seg", "experts-seg", "routes-seg", "training-seg", "activations", "trade-off"}
+    before = read_json("runs/seg/metrics.json")
     assert count(checkpoint, "--format markdown --split train")[0] == 1
+    assert read_json("runs/seg/metrics.json") == before  # of val
+    assert read_json("runs/seg/metrics-train.json")["split"] == "train"
     assert count(checkpoint, "--format markdown --data", trained / "camvid")[0] == 1  # other flags
     assert count(checkpoint, "--format markdown")[0] == 1  # and these again
     shutil.copytree(checkpoint.parent, copied.parent)
@@ -1875,13 +1909,40 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another():
     for flags, words in (
         ("", ["holds a run already", "--resume"]), ("--resume --lr 0.3", ["--lr 0.3", "0.05"]),
         ("--resume --name none", ["no run to go on with"]),
+        ("--resume --jitter", ["--jitter", "leave it out"]),
     ):
         refuses(lambda: run(train_seg.main, command, flags), *words)
     before = Path("runs/run/last.pt").read_bytes()
-    succeeds(train_seg.main, command, "--resume")  # nothing left to do
+    succeeds(train_seg.main, command, "--resume --log-every 2 --eval-every 1")  # nothing left to do
     Path("camvid/train/00.png").unlink()
     Path("camvid/trainannot/00.png").unlink()
     refuses(lambda: run(train_seg.main, command, "--resume"), "--resume", "other data")
     assert Path("runs/run/last.pt").read_bytes() == before
     Path("runs/run/last.pt").write_bytes(b"nothing")
     refuses(lambda: run(train_seg.main, command, "--resume auto"), "runs/run/last.pt")
+
+
+def torchrun(flags, **variables):
+    """Starts two processes that run train_seg.py as `SHORT_SEG` says."""
+    command = [sys.executable, "-m", "torch.distributed.run", *flags.split(), "--nproc_per_node", "2"]
+    command += [str(HERE / "train_seg.py"), *SHORT_SEG.replace("--workers 1", "--workers 0").split()]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | variables)
+    return subprocess.Popen([*command, "--name", "run"], **options)
+
+
+def test_two_processes_go_on_after_one_was_killed():
+    launcher = torchrun("--standalone --max-restarts 1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    while launcher.poll() is None and not Path("runs/run/last.pt").exists():
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    out, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0 and "failed (exitcode: -9)" in out, out
+    assert model.read_file("runs/run/last.pt", "")["iteration"] == 16
+    assert iterations(Path("runs/run"), "kmeans") == [3, 6, 9, 12, 15, 16]
+
+
+def test_a_restart_that_would_hang_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    refuses(lambda: model.start_process("cpu"), "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

@@ -68,7 +68,11 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rois", type=number(int, 1), help="regions per image that the box head is trained on")
     add("--lr-steps", type=number(int, 1), nargs="+",
         help="iterations after which the learning rate falls to a tenth; by default 2/3 and 8/9 of --iters")
-    config = complete(parser.parse_args(argv), RECIPES)
+    config = parser.parse_args(argv)
+    if config.name is None:
+        kind = "masks" if config.masks else "boxes"
+        config.name = f"{config.dataset}-{kind}-{config.variant}-seed{config.seed}"
+    config = complete(config, RECIPES)
     if config.lr_steps is None:
         config.lr_steps = [round(config.iters * 2 / 3), round(config.iters * 8 / 9)]
     return config
@@ -190,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
                 full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
-                inputs = ((to_device(images, [], device)[0], index) for images, _, index in full_pass)
+                inputs = ((to_device(x, [], device)[0], which) for x, _, which in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
             metric = task_metric.weights() if task_metric else None
             if config.oracle:
@@ -208,11 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         if saving or iteration % config.log_every == 0:
             log.steps_line(iteration, lr, route_cost(model, out, out.padded))
         if evaluating:
-            bn_loader = data.train_loader(
+            bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
             bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
-            inputs = (to_device(images, [], device)[0] for images, _, _ in bn_batches)
-            padded = (model.prepare(images)[0].tensors for images in inputs)
+            inputs = (to_device(x, [], device)[0] for x, _, _ in bn_batches)
+            padded = (model.prepare(x)[0].tensors for x in inputs)
             reestimate_batch_norm(model.pyramid, padded, world)  # the heads have none
             result = evaluate.evaluate_detection(model, val_loader, val_set, process)
         if evaluating and rank == 0:

@@ -10,7 +10,7 @@
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
 
 A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and
-best.pt. Stopped, it goes on with the same command and --resume.
+best.pt. Stopped, it goes on with the same command and --resume; --resume auto also starts it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import evaluate
 from kmeans import ActivationBank, describe_collapse, inter_intra
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import (
-    VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, number,
+    VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, make_folder, number,
     one_line_errors, read_file, save_checkpoint, start_process, variants_of,
 )
 from routing import Routes
@@ -68,7 +68,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
             data=info.root, crop=info.crop, short_sides=info.short_sides, batch=info.batch,
             eval_batch=info.eval_batch)
     parser = shared_settings(argv, __doc__, "segmentation", recipes)
-    parser.add_argument("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
+    add = parser.add_argument_group("segmentation").add_argument
+    add("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
     config = parser.parse_args(argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
@@ -92,7 +93,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     parser.set_defaults(**defaults)
 
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="folder under --out; by default DATASET-VARIANT-seedN")
+    add("--name", help="folder under --out; by default it tells data set, variant and seed")
     add("--out", default="runs", help="where run folders are made")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="seeds weights, data order, augmentation, K-means++")
@@ -149,7 +150,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
         help="an image is pulled to the nearest centre, or to that of its cluster at the last K-means update")
     add("--metric", choices=["plain", "task"], default="plain",
         help="distances between architectures: plain, or each gate counts as much as the task depends on it")
-    add("--oracle", action="store_true", help="shapes: the means of the true subsets are the centres")
+    add("--oracle", action="store_true",
+        help="shapes: the means of the true subsets are the centres; with --own bank")
     add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster gates before their tanh")
 
     add = parser.add_argument_group("system").add_argument
@@ -182,7 +184,8 @@ def shapes_options(config: argparse.Namespace) -> dict:
 def settle(config: argparse.Namespace, process: Process) -> None:
     """Raises InputError for settings that do not go together or not with the device; fills in --amp."""
     variant, device, static = config.variant, process.device, VARIANTS[config.variant].gate is None
-    if config.batch == 1 or config.batch // process.world == 1 and device.type != "cuda":
+    alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
+    if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     for name in ("lambda1", "lambda2", "k", "metric", "oracle"):
         if static and getattr(config, name) not in (None, 0, "plain"):
@@ -305,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
                 full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
-                inputs = ((data.normalize(images.to(device)), index) for images, _, index in full_pass)
+                inputs = ((data.normalize(x.to(device)), which) for x, _, which in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
             metric = task_metric.weights() if task_metric else None
             if config.oracle:
@@ -323,10 +326,10 @@ def main(argv: list[str] | None = None) -> None:
         if saving or iteration % config.log_every == 0:
             log.steps_line(iteration, lr, route_cost(model, out, images.shape[-2:]))
         if evaluating:
-            bn_loader = data.train_loader(
+            bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
             bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
-            inputs = (data.normalize(images.to(device)) for images, _, _ in bn_batches)
+            inputs = (data.normalize(x.to(device)) for x, _, _ in bn_batches)
             reestimate_batch_norm(model, inputs, world)
             result = evaluate.evaluate_segmentation(model, val_loader, len(classes), process)
             score = result.miou()
@@ -440,7 +443,7 @@ def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
 
 @torch.no_grad()
 def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_space: str) -> None:
-    """Refills the bank from one pass over the training set with frozen weights (figure 2 of the paper).
+    """Fills the bank anew from one pass over the training set with frozen weights (figure 2 of the paper).
 
     batches: (input of the model, index). Batch norm uses the statistics of each batch, as in the steps whose
     loss will see the centres, and its running statistics stay as they are.
@@ -449,6 +452,7 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
+    bank.seen.zero_()  # --bank-momentum would keep a share of the old values
     for images, index in batches:
         bank.update(index, model.routes(images).activations(gate_space))
     for norm, momentum in zip(norms, momenta):
@@ -496,30 +500,32 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
 
     Raises InputError where there is nothing to resume, and for a run that would be overwritten or differs.
     """
-    path = folder / "last.pt"
-    saved = read_file(path, "a checkpoint of this run") if path.exists() else {}
+    path, saved = folder / "last.pt", None
+    if path.exists():
+        saved = read_file(path, "a checkpoint of this run; put best.pt in its place, or remove both")
+        if "log_bytes" not in saved:
+            raise InputError(f"{path}: not a checkpoint that a run can go on from")
     if process.world > 1:
-        at = torch.tensor(saved.get("iteration", 0), device=process.device)
+        at = torch.tensor(saved["iteration"] if saved else 0, device=process.device)
         first = at.clone()
         dist.broadcast(first, 0)
         if at != first:
             raise InputError(f"--out {config.out}: must be one folder, on a disk that all machines share")
-    if not saved and config.resume == "yes":
+    if saved is None and config.resume == "yes":
         raise InputError(f"--resume: {folder} holds no run to go on with; start it without --resume")
-    if not saved:
+    if saved is None:
         return None
     if config.resume is None:
         words = f"{folder} holds a run already; go on with --resume, or choose another name"
         raise InputError(f"--name {config.name}: {words}")
-    if "log_bytes" not in saved:
-        raise InputError(f"{path}: not a checkpoint that a run can go on from")
+    if saved["classes"] != classes or len(saved["bank"]["seen"]) != len(train_set):
+        raise InputError(f"--resume: {folder} was started on other data; choose another --name")
     for key, value in saved["config"].items():
         now = vars(config).get(key)
         if key not in evaluate.FREE and json.dumps(now) != json.dumps(value):
-            words = f"{folder} was started with {value}; repeat that, or choose another --name"
-            raise InputError(f"--{key.replace('_', '-')} {now}: {words}")
-    if saved["classes"] != classes or len(saved["bank"]["seen"]) != len(train_set):
-        raise InputError(f"--resume: {folder} was started on other data")
+            was = "without it; leave it out" if value in (None, False) else f"with {value}; repeat that"
+            raise InputError(
+                f"--{key.replace('_', '-')} {now}: {folder} was started {was}, or choose another --name")
     return saved
 
 
@@ -530,13 +536,14 @@ class Log:
     """
 
     def __init__(self, folder: Path, config, process: Process, train_set, done: int, log_bytes: int):
+        if process.rank == 0:
+            make_folder(folder, "--out")
         self.folder, self.config, self.process, self.train_set = folder, config, process, train_set
         self.values: dict[str, list[Tensor]] = {}  # since the last line
         self.started, self.index = time.perf_counter(), None
         self.bar = tqdm(
             total=config.iters, initial=done, desc=config.name, disable=process.rank > 0, dynamic_ncols=True)
         if process.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             resolved = vars(config) | {"device": str(process.device), "processes": process.world}
             (folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
             self.file = open(folder / "log.jsonl", "a", buffering=1)
@@ -572,7 +579,6 @@ class Log:
         means = dict(zip(self.values, values.tolist()))
         broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
         if broken:
-            self.bar.close()
             images = ", ".join(self.train_set.image_name(i) for i in self.index.tolist())
             kept = f"; {self.folder}/last.pt is from before" if (self.folder / "last.pt").exists() else ""
             words = f"{', '.join(broken)}; the last images were {images}; try a lower --lr{kept}"
@@ -631,9 +637,10 @@ def finish(folder: Path, config: argparse.Namespace, process: Process, log: Log)
     if dist.is_initialized():
         dist.destroy_process_group()
     if process.rank == 0:
-        print(f"{folder}/last.pt is done; evaluate it: python evaluate.py {folder}/last.pt")
         if config.dataset == "shapes":
             evaluate.main([f"{folder}/last.pt"], Process(0, 1, process.device))
+        else:
+            print(f"{folder}/last.pt is done; evaluate it: python evaluate.py {folder}/last.pt")
 
 
 if __name__ == "__main__":
