@@ -359,8 +359,8 @@ def beside(checkpoint: Path, split: str, name: str) -> Path:
     return checkpoint.with_name("-".join([stem, *told]) + "." + ending)
 
 
-def write_json(path: Path, content) -> None:
-    write_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+def write_json(path: Path, content, indent: int | None = None) -> None:
+    write_file(path, lambda file: file.write((json.dumps(content, indent=indent) + "\n").encode()))
 
 
 def gate_space(checkpoint: dict) -> str:
@@ -502,7 +502,7 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     if process.rank > 0:
         return run
     report, picture = (beside(path, arguments.split, name) for name in ("metrics.json", "experts.png"))
-    write_json(report, run.metrics)
+    write_json(report, run.metrics, indent=2)
     if not arguments.table:
         print_report(run)
         print(f"\nwrote {report}")

@@ -466,7 +466,13 @@ def save_checkpoint(path: Path, model: nn.Module, **contents) -> None:
 
     `load_checkpoint` needs "model_args" in `contents`, the arguments of `build_model`.
     """
-    write_file(path, lambda file: torch.save({"weights": model.state_dict(), **contents}, file))
+
+    def write(file) -> None:
+        torch.save({"weights": model.state_dict(), **contents}, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the place of the last one
+
+    write_file(path, write)
 
 
 def write_file(path: Path, write) -> None:
@@ -478,12 +484,12 @@ def write_file(path: Path, write) -> None:
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
         words = f"could not be written ({reason}); what was there is kept; make room and repeat the command"
         raise InputError(f"{path}: {words}") from None
     finally:  # also after Ctrl-C
