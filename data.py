@@ -30,8 +30,10 @@ import contextlib
 import glob
 import io
 import itertools
+import json
 import math
 import os
+import pickle
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +41,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageFilter
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -367,8 +371,9 @@ def detection_dataset(
     pixels; labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes
     with a side under a pixel are no objects, as in torchvision's reference.
     The data set has `.classes`, names in the order of the labels; `.category_ids`, theirs in the file;
-    `.palette`, their colours; `.coco`, pycocotools' `COCO` with the truth; `.image_ids`; `.image_name(i)`;
-    `.aspect_ratios`, width / height of each image; and `.subset`, as in segmentation.
+    `.palette`, their colours; `.has_truth`, whether there are annotations, and `.coco`, they as pycocotools'
+    `COCO`; `.image_ids`; `.image_name(i)`; `.aspect_ratios`, width / height of each image; and `.subset`, as
+    in segmentation. With torch.distributed the first process reads the file for all.
     Raises DataError for what is missing or malformed.
     """
     _check_names(name, DETECTION, split)
@@ -399,7 +404,148 @@ def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> 
     return image.as_subclass(torch.Tensor), target, index
 
 
-class CocoImages(datasets.CocoDetection):
+class CocoFile(NamedTuple):
+    """What a json file in COCO's format says, checked: N images by id, and M objects, image by image.
+
+    Objects lie in a few tensors, which loader processes share with the one that started them. As Python's own
+    objects the 860,000 of COCO would take 3 GB, and in time as much again in each process that looks at them.
+    """
+
+    classes: list[str]  # by category id
+    category_ids: list[int]
+    image_ids: list[int]
+    names: list[str]  # [N], under the image folder
+    sizes: torch.Tensor  # [N, 2] int64, height and width
+    first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
+    ids: torch.Tensor  # [M] int64, not 0
+    labels: torch.Tensor  # [M] int64, 1 for the first class
+    boxes: torch.Tensor  # [M, 4] float64, x, y, width and height in pixels
+    areas: torch.Tensor  # [M] float64
+    crowds: torch.Tensor  # [M] bool
+    outlines: torch.Tensor  # uint8, the segmentations, pickled, one behind the other; [0] without masks
+    outline: torch.Tensor  # [M + 1] int64: object j has outlines[outline[j] : outline[j + 1]]
+
+    def segmentation(self, j: int):
+        """Of object j, as the file has it: polygons, or run lengths."""
+        return pickle.loads(self.outlines[self.outline[j] : self.outline[j + 1]].numpy().tobytes())
+
+    def has_area(self) -> torch.Tensor:
+        """bool [M]: not a box with a side under a pixel."""
+        return (self.boxes[:, 2:] >= 1).all(1)
+
+
+def read_coco(path: str, masks: bool) -> CocoFile:
+    """Reads and checks a file; without `masks` it leaves segmentations, most of the file, unread.
+
+    What other tools leave out, iscrowd and area, is filled in. Raises DataError for a file that is no such
+    json, for what it refers to and does not list, for ids that occur twice, and for boxes and, with `masks`,
+    segmentations that are none.
+    """
+
+    def shrink(found: dict) -> dict:
+        # json calls it with each object that it has read: polygons must not pile up.
+        if not masks:
+            found.pop("segmentation", None)
+        elif _are_polygons(found.get("segmentation")):
+            found["segmentation"] = pickle.dumps(found["segmentation"])
+        return found
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            contents = json.load(file, object_hook=shrink)
+        categories = sorted(contents["categories"], key=lambda category: category["id"])
+        images = sorted(contents["images"], key=lambda image: image["id"])
+        objects = list(contents.get("annotations", ()))
+        classes = [category["name"] for category in categories]
+        names = [str(image["file_name"]) for image in images]
+        sizes = [(int(image["height"]), int(image["width"])) for image in images]
+        for part, listed in (("categories", categories), ("images", images), ("annotations", objects)):
+            if len({record["id"] for record in listed}) < len(listed):
+                raise DataError(f"{path}: several {part} have the same id; give each its own")
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        needed = "it needs images with id, file_name, width and height, annotations, and categories"
+        words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
+        raise DataError(f"{path}: {words}") from error
+    label = {category["id"]: number for number, category in enumerate(categories, 1)}
+    row = {image["id"]: number for number, image in enumerate(images)}
+    for found in objects:
+        wrong = _what_is_wrong(found, label, row)
+        if masks and not wrong:
+            wrong = _pack(found, sizes[row[found["image_id"]]])
+        if wrong:
+            raise DataError(f"{path}: annotation {found['id']} {wrong}")
+
+    rows = torch.tensor([row[found["image_id"]] for found in objects], dtype=torch.int64)
+    order = rows.argsort(stable=True)
+    boxes = torch.tensor([found["bbox"] for found in objects], dtype=torch.float64).reshape(-1, 4)
+    areas = [box[2] * box[3] if found.get("area") is None else found["area"]
+             for found, box in zip(objects, boxes.tolist())]
+    ids = torch.tensor([found["id"] for found in objects], dtype=torch.int64)
+    packed = [objects[j]["segmentation"] for j in order.tolist()] if masks else []
+    lengths = torch.tensor([0, *map(len, packed)]) if masks else torch.zeros(len(objects) + 1).long()
+    return CocoFile(
+        classes, list(label), list(row), names, torch.tensor(sizes).reshape(-1, 2),
+        first=F.pad(rows.bincount(minlength=len(images)).cumsum(0), (1, 0)),
+        ids=(ids + (ids == 0).any())[order],  # pycocotools takes id 0 for "not matched"
+        labels=torch.tensor([label[found["category_id"]] for found in objects], dtype=torch.int64)[order],
+        boxes=boxes[order], areas=torch.tensor(areas, dtype=torch.float64)[order],
+        crowds=torch.tensor([bool(found.get("iscrowd")) for found in objects], dtype=torch.bool)[order],
+        outlines=torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8) if packed
+        else torch.zeros(0, dtype=torch.uint8),
+        outline=lengths.cumsum(0))
+
+
+def _what_is_wrong(found: dict, label: dict, row: dict) -> str | None:
+    """With an annotation, in words; `label` and `row` are by the ids of categories and images."""
+    category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
+    if category not in label:
+        return f"is of category {category}, which is not among its categories"
+    numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+    if not numbers or len(box) != 4:
+        return f"has the box {box}; needed are x, y, width and height"
+    if image not in row:
+        return f"is of image {image}, which it does not list"
+    return None
+
+
+def _pack(found: dict, size: tuple[int, int]) -> str | None:
+    """Pickles the run lengths of an annotation, as polygons are already; says what is wrong with them."""
+    segmentation = found.get("segmentation")
+    if isinstance(segmentation, bytes):
+        return None
+    if not isinstance(segmentation, dict) or not segmentation.get("counts"):
+        return "has no segmentation, polygons or run lengths; correct it or do without --masks"
+    if tuple(segmentation.get("size", ())) != size:
+        return "has no segmentation that fits its image; correct it or do without --masks"
+    found["segmentation"] = pickle.dumps(segmentation)
+    return None
+
+
+def _are_polygons(segmentation) -> bool:
+    """A list of polygons x1 y1 x2 y2 ... of three corners or more."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+
+
+def on_first_rank(work):
+    """What work() returns, or the error it raises, on every process; the first one alone does it."""
+    if not dist.is_initialized():
+        return work()
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+class CocoImages(Dataset):
     """Images with the annotations of a COCO-format json file; see `detection_dataset`."""
 
     subset = None
@@ -407,132 +553,118 @@ class CocoImages(datasets.CocoDetection):
     def __init__(
         self, annotations: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False
     ):
-        for path, exists in ((annotations, os.path.isfile), (images, os.path.isdir)):
+        self.annotations, self.root, self.masks = annotations, images, masks
+        self.file = on_first_rank(self._read)
+        self.classes, self.category_ids = self.file.classes, self.file.category_ids
+        self.palette = class_colours(len(self.classes))
+        rows = list(range(len(self.file.names)))
+        if train:
+            counts = F.pad((self.file.has_area() & ~self.file.crowds).cumsum(0), (1, 0))[self.file.first]
+            rows = counts.diff().nonzero().squeeze(1).tolist()
+            if not rows:
+                raise DataError(f"{annotations}: no image has an object to learn from")
+        self.rows = rows[:limit]  # of the file
+        if not self.rows:
+            raise DataError(f"{annotations}: lists no images")
+        self.image_ids = [self.file.image_ids[row] for row in self.rows]
+        height, width = self.file.sizes[self.rows].double().unbind(1)
+        self.aspect_ratios = (width / height).tolist()
+        self.transforms = _flip_and_sanitize(train, jitter)
+
+    def _read(self) -> CocoFile:
+        """The json file; every image that it lists is a file inside the folder."""
+        for path, exists in ((self.annotations, os.path.isfile), (self.root, os.path.isdir)):
             if not exists(path):
                 layout = "annotations/ beside train2017/ and val2017/"
                 words = f"name your own files, or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-                super().__init__(images, annotations)
-            categories = sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
-            self.classes = [category["name"] for category in categories]
-            self.category_ids = [category["id"] for category in categories]
-            for image in self.coco.imgs.values():
-                image["file_name"] = str(image["file_name"])
-                image["width"], image["height"] = int(image["width"]), int(image["height"])
-        except (ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
-            needed = "it needs images with file_name, width and height, annotations, and categories"
-            words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
-            raise DataError(f"{annotations}: {words}") from error
-        self.annotations, self.train, self.masks = annotations, train, masks
-        self.label_of_category = {category: label for label, category in enumerate(self.category_ids, 1)}
-        self.palette = class_colours(len(self.classes))
-        self._check_files()
-        self._check_annotations()
-        if train:
-            self.ids = [id for id in self.ids if any(map(_has_area, self._objects(id)))]
-            if not self.ids:
-                raise DataError(f"{annotations}: no image has an object to learn from")
-        self.ids = self.ids[:limit]
-        if not self.ids:
-            raise DataError(f"{annotations}: lists no images")
-        self.image_ids = self.ids
-        self.aspect_ratios = [image["width"] / image["height"] for image in self.coco.loadImgs(self.ids)]
-        self.transforms = _flip_and_sanitize(train, jitter)
-
-    def _check_files(self) -> None:
-        """Every image is a file inside the folder."""
-        present = set()
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            present.update(os.path.relpath(os.path.join(folder, file), self.root) for file in files)
-        for image in self.coco.imgs.values():
-            name, width, height = image["file_name"], image["width"], image["height"]
+        file, present = read_coco(self.annotations, self.masks), set()
+        for folder, _, names in os.walk(self.root, followlinks=True):
+            present.update(os.path.relpath(os.path.join(folder, name), self.root) for name in names)
+        for name, (height, width) in zip(file.names, file.sizes.tolist()):
             if min(width, height) < 1:
                 raise DataError(f"{self.annotations}: {name} is of {width}x{height} pixels")
             if os.path.normpath(name) not in present:
                 words = f"no such image in {self.root}, but {self.annotations} lists it"
                 raise DataError(f"{os.path.join(self.root, name)}: {words}")
-
-    def _check_annotations(self) -> None:
-        """Makes every annotation usable: fills in what pycocotools needs and other tools leave out."""
-        parts = (("images", self.coco.imgs), ("annotations", self.coco.anns), ("categories", self.coco.cats))
-        for part, index in parts:
-            if len(index) != len(self.coco.dataset.get(part, ())):
-                raise DataError(f"{self.annotations}: several {part} have the same id; give each its own")
-        without_area = []
-        for number, annotation in self.coco.anns.items():
-            wrong = self._what_is_wrong(annotation)
-            if wrong:
-                raise DataError(f"{self.annotations}: annotation {number} {wrong}")
-            if not _has_area(annotation):
-                without_area.append(number)
-            annotation["iscrowd"] = annotation.get("iscrowd") or 0
-            if annotation.get("area") is None:
-                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        if without_area:
-            which = f"{len(without_area)} boxes, the first that of annotation {without_area[0]},"
+        without = (~file.has_area()).nonzero().squeeze(1)
+        if len(without):
+            which = f"{len(without)} boxes, the first that of annotation {file.ids[without].min().item()},"
             words = f"{which} have a side under a pixel and are no objects to learn from"
-            warnings.warn(f"{self.annotations}: {words}", stacklevel=3)
-        if 0 in self.coco.anns:  # pycocotools takes id 0 for "not matched"
-            for annotation in self.coco.dataset["annotations"]:
-                annotation["id"] += 1
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.coco.createIndex()
+            warnings.warn(f"{self.annotations}: {words}", stacklevel=4)
+        return file
 
-    def _what_is_wrong(self, annotation: dict) -> str | None:
-        category, image, box = (annotation.get(key) for key in ("category_id", "image_id", "bbox"))
-        if category not in self.label_of_category:
-            return f"is of category {category}, which is not among its categories"
-        numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-        if not numbers or len(box) != 4:
-            return f"has the box {box}; needed are x, y, width and height"
-        if image not in self.coco.imgs:
-            return f"is of image {image}, which it does not list"
-        if self.masks and not _is_segmentation(annotation.get("segmentation"), self.coco.imgs[image]):
-            words = "has no segmentation that fits its image, polygons or run lengths"
-            return f"{words}; correct it or do without --masks"
-        return None
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def _objects(self, id: int) -> list[dict]:
-        """The annotations of an image that are single objects."""
-        return [annotation for annotation in self._load_target(id) if not annotation.get("iscrowd")]
+    @property
+    def has_truth(self) -> bool:
+        """Whether there are annotations; a test split has none."""
+        return len(self.file.ids) > 0
 
     def image_name(self, index: int) -> str:
         """The image's path under the image folder."""
-        return self.coco.loadImgs(self.ids[index])[0]["file_name"]
+        return self.file.names[self.rows[index]]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
         """Raises DataError for an image that cannot be read or has another size than annotated."""
-        id = self.ids[index]
-        path, listed = os.path.join(self.root, self.image_name(index)), self.coco.imgs[id]
+        row, file = self.rows[index], self.file
+        path = os.path.join(self.root, file.names[row])
         image = read_image(path)
         height, width = image.shape[:2]
-        if (width, height) != (listed["width"], listed["height"]):
-            said = f"{listed['width']}x{listed['height']}"
+        if [height, width] != file.sizes[row].tolist():
+            said = f"{file.sizes[row, 1]}x{file.sizes[row, 0]}"
             raise DataError(f"{path}: {width}x{height} pixels, but {self.annotations} says {said}")
-        objects = self._objects(id)
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([self.label_of_category[a["category_id"]] for a in objects], dtype=torch.int64)
+        objects = torch.arange(file.first[row], file.first[row + 1])
+        objects = objects[~file.crowds[objects]]
+        boxes = file.boxes[objects].float()
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width))
-        target = {"boxes": boxes, "labels": labels}
+        target = {"boxes": boxes, "labels": file.labels[objects]}
         if self.masks:
-            masks = np.array([self.coco.annToMask(a) for a in objects], dtype=np.uint8)
-            target["masks"] = tv_tensors.Mask(masks.reshape(-1, height, width))
+            masks = [_decode(file.segmentation(j), height, width) for j in objects.tolist()]
+            masks = np.array(masks, dtype=np.uint8).reshape(-1, height, width)
+            target["masks"] = tv_tensors.Mask(masks)
         return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
 
+    @cached_property
+    def coco(self):
+        """The truth as pycocotools has it, of the whole file."""
+        file, annotations = self.file, []
+        images = [dict(id=id, height=h, width=w) for id, (h, w) in zip(file.image_ids, file.sizes.tolist())]
+        image_of = torch.arange(len(images)).repeat_interleave(file.first.diff()).tolist()
+        columns = (image_of, file.ids, file.labels, file.boxes, file.areas, file.crowds.int())
+        columns = (column if isinstance(column, list) else column.tolist() for column in columns)
+        for j, (row, id, label, box, area, crowd) in enumerate(zip(*columns)):
+            category = self.category_ids[label - 1]
+            annotation = dict(id=id, image_id=file.image_ids[row], category_id=category, bbox=box)
+            annotation |= dict(area=area, iscrowd=crowd)
+            if self.masks:
+                annotation["segmentation"] = file.segmentation(j)
+            annotations.append(annotation)
+        return _pycocotools(images, annotations, self.category_ids, self.classes)
 
-def _is_segmentation(segmentation, image: dict) -> bool:
-    """Run lengths of the image's size, or polygons x1 y1 x2 y2 ... of three corners or more."""
-    if isinstance(segmentation, dict):
-        size = list(segmentation.get("size", ()))
-        return size == [image["height"], image["width"]] and bool(segmentation.get("counts"))
-    polygons = segmentation if isinstance(segmentation, list) else []
-    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+
+def _decode(segmentation, height: int, width: int) -> np.ndarray:
+    """Polygons or run lengths, compressed or not -> uint8 [height, width]."""
+    from pycocotools import mask as rle
+
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return rle.decode(segmentation)
 
 
-def _has_area(annotation: dict) -> bool:
-    return min(annotation["bbox"][2:]) >= 1
+def _pycocotools(images: list[dict], annotations: list[dict], category_ids: list, classes: list[str]):
+    """pycocotools' `COCO` of these."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    categories = [{"id": id, "name": name} for id, name in zip(category_ids, classes)]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+        coco.createIndex()
+    return coco
 
 
 def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
@@ -895,6 +1027,8 @@ def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.nd
 class ShapesDetection(Dataset):
     """`ShapesDataset` for detection: its visible instances as boxes and masks; see `detection_dataset`."""
 
+    has_truth = True
+
     def __init__(self, split: str, train: bool, masks: bool, limit: int | None, jitter: bool, **options):
         self.scenes = ShapesDataset(split, **options)
         self.count = min(len(self.scenes), limit or len(self.scenes))
@@ -924,7 +1058,6 @@ class ShapesDetection(Dataset):
     def coco(self):
         """The truth as pycocotools has it."""
         from pycocotools import mask as rle
-        from pycocotools.coco import COCO
 
         images, annotations = [], []
         for i in self.image_ids:
@@ -938,9 +1071,4 @@ class ShapesDetection(Dataset):
                 annotation["area"] = float(rle.area(mask))
                 annotation["segmentation"] = mask
                 annotations.append(annotation)
-        categories = [{"id": id, "name": name} for id, name in zip(self.category_ids, self.classes)]
-        coco = COCO()
-        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-            coco.createIndex()
-        return coco
+        return _pycocotools(images, annotations, self.category_ids, self.classes)

@@ -48,7 +48,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 import data
-from kmeans import Clusters, agreement, describe_collapse, inter_intra, kmeans
+from kmeans import Clusters, agreement, describe_collapse, inter_intra, intra_to_centre, kmeans
 from model import (
     VARIANTS, InputError, Parser, Process, cores_per_process, load_checkpoint, load_published, make_folder,
     number, one_line_errors, read_file, start_process, write_file,
@@ -60,7 +60,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    routed = [name for name, variant in VARIANTS.items() if variant.gate]
+    routed = [name for name, variant in VARIANTS.items() if not variant.static]
     datasets = list(dict.fromkeys([*data.SEGMENTATION, *data.DETECTION]))
     workers = min(4, cores_per_process() // 2)
     add = parser.add_argument
@@ -398,7 +398,7 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
     metrics, tables = {"detections": len(result.detections)}, []
     for name, kind in (("box", "bbox"), ("mask", "segm"))[: 1 + checkpoint["model_args"]["masks"]]:
         metrics[name], table = None, "no labels\n"  # a test split has none
-        if dataset.coco.anns and process.rank == 0:
+        if dataset.has_truth and process.rank == 0:
             scores, table = average_precision(dataset, result.detections, kind)
             metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
         tables.append(f"{name}, {arguments.split}, by pycocotools, over {len(result.A)} images\n{table}")
@@ -447,6 +447,11 @@ class RunResult:
     @property
     def task(self) -> str:
         return self.checkpoint["task"]
+
+    @property
+    def gate(self) -> str | None:
+        """"full" or "small"; None of a static network."""
+        return self.checkpoint["model_args"].get("gate")
 
     @property
     def alpha(self) -> Tensor:
@@ -530,6 +535,7 @@ def describe_experts(A: Tensor, flops: Tensor, centers: Tensor, labels: Tensor) 
     experts = range(len(centers))
     return {
         "k": len(centers), "inter": inter, "intra": intra,
+        "intra_to_centre": intra_to_centre(A, labels, centers),
         "images_per_expert": [int((labels == k).sum()) for k in experts],
         "gflops_per_expert": [mean_gflops(flops[labels == k]) for k in experts],
     }
@@ -580,7 +586,8 @@ def print_report(run: RunResult) -> None:
     if "k" not in metrics:
         return
     inter, intra, sizes = metrics["inter"], metrics["intra"], metrics["images_per_expert"]
-    print(f"\ninter {inter:.3f} (between the {metrics['k']} centres), intra {intra:.3f} (within clusters)")
+    within = f"intra {intra:.3f} (pairs in a cluster), {metrics['intra_to_centre']:.3f} (to its centre)"
+    print(f"\ninter {inter:.3f} (between the {metrics['k']} centres), {within}")
     print(f"{'expert':8}{'images':>8}{'share':>8}{'GFLOPs':>10}")
     places = digits(metrics["gflops_per_expert"])
     for k, (size, gflops) in enumerate(zip(sizes, metrics["gflops_per_expert"])):
@@ -715,8 +722,9 @@ METHODS = {
 STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
 SCORES = ("mIoU", "box AP", "mask AP")
 OF_PAPERS = "What has a source is of Cityscapes val or COCO val2017"
-COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "Recovered")  # the last: % of known subsets
-SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2"}
+COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "To centre", "Recovered")  # the last: % of known subsets
+SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2", "kmeans_every": "K-means every"}
+SWEPT = ("k", "margin", "lambda2", "kmeans_every")  # each has a column in the figure of ablations
 # Settings that do not decide what comes out, those that runs which are averaged may differ in, and those that
 # the method's name tells.
 FREE = {
@@ -724,7 +732,7 @@ FREE = {
     "eval_batch", "init", "train_json", "train_images", "val_json", "val_images",
 }
 SAME_SETTING = FREE | {"seed"}
-OF_VARIANT = {"gate", "lambda1", "budget", "lambda2"}
+OF_VARIANT = {"lambda1", "budget", "lambda2"}
 
 
 def published_rows(scores) -> list[dict[str, str]]:
@@ -747,6 +755,7 @@ def numbers_of(metrics: dict) -> dict[str, float]:
         "GFLOPs": metrics["gflops"][table_count(metrics["gflops"])]["mean"],
         "Inter": metrics.get("inter"),
         "Intra": metrics.get("intra"),
+        "To centre": metrics.get("intra_to_centre"),
         "Recovered": metrics.get("subsets", {}).get("accuracy"),
     }
     return {column: number for column, number in numbers.items() if number is not None}
@@ -778,7 +787,7 @@ class Setting:
     @property
     def label(self) -> str:
         told = [f"{setting_name(key)} {show_value(value)}" for key, value in self.differing.items()]
-        return ", ".join([self.method, *told])
+        return ", ".join([with_gate(self.method, self.runs[0].gate), *told])
 
     @property
     def backbone(self) -> str:
@@ -786,7 +795,7 @@ class Setting:
         if not run.grid:
             return STATIC_BACKBONES[run.variant]
         layers, width = run.grid[-1][0] + 1, run.checkpoint["model_args"].get("width") or 64
-        return f"Layer{layers}" + (f", width {width}" if width != 64 else "")
+        return with_gate(f"Layer{layers}" + (f", width {width}" if width != 64 else ""), run.gate)
 
     def mean_std(self, column: str) -> tuple[float, float | None] | None:
         """Over the runs that have the number; the deviation, with n - 1, is None for a single run."""
@@ -794,6 +803,11 @@ class Setting:
         if not values:
             return None
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def with_gate(words: str, gate: str | None) -> str:
+    """The words, and where gates are full: their cost differs from that of small ones."""
+    return f"{words}, full gates" if gate == "full" else words
 
 
 def setting_name(key: str) -> str:
@@ -817,9 +831,9 @@ def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Set
         groups.setdefault(key, Setting([], {})).runs.append(run)
     settings = list(groups.values())
 
-    names = ["k", "margin", "lambda2", *(name for setting in settings for name in setting.config)]
+    names = [*SWEPT, *(name for setting in settings for name in setting.config)]
     for name in dict.fromkeys(names):
-        if name in ignored | {"variant", "layers", "width"}:  # the first columns tell these
+        if name in ignored | {"variant", "layers", "width", "gate"}:  # the first columns tell these
             continue
         values = set()
         for setting in settings:
@@ -859,7 +873,8 @@ def make_table(runs: list[RunResult], published: bool) -> list[list[str]]:
         for column, key in ((row["measure"], "score"), ("GFLOPs", "gflops")):
             cells[column] = f"{row[key]} ± {row[f'{key}_std']}" if row[f"{key}_std"] else row[key]
         numbers = [cells.get(name) or "–" for name in [*told, *columns]]
-        table.append([f"{row['method']} ({row['source']})", row["backbone"], *numbers, "–"])
+        backbone = with_gate(row["backbone"], row["gate"])
+        table.append([f"{row['method']} ({row['source']})", backbone, *numbers, "–"])
     return table
 
 
@@ -1054,8 +1069,10 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
         others = torch.cat([centers[:k], centers[k + 1 :]])
         difference = center - others.mean(0) if len(others) else 0 * center
         panels.append((f"expert {k} minus the mean of the others", difference, COLORS[0]))
-    averages = [run] if reference is None else [run, reference]
-    for of, name in zip(averages, (f"all {len(run.result.A)} images", "Dynamic Routing, all images")):
+    averages = {f"all {len(run.result.A)} images": run}
+    if reference is not None:
+        averages[with_gate("Dynamic Routing", reference.gate) + ", all images"] = reference
+    for name, of in averages.items():
         cost = of.metrics["gflops"]["paper"]["mean"]
         panels.append((f"{name}: average, {cost:.3g} GFLOPs", of.alpha.mean(0), "0.25"))
         if of is run:
@@ -1077,7 +1094,7 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     lines.append(Line2D([], [], color=COLORS[1], lw=2, ls=DASHES, label="less open"))
     close = dict(handlelength=2.4, columnspacing=1.4)
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), **close)
-    figure.suptitle(run.name, fontsize=8, x=0.01, ha="left")
+    figure.suptitle(with_gate(run.name, run.gate), fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -1128,7 +1145,7 @@ def draw_activation_space(runs: list[RunResult], published: bool = False):
         groups = {}
         for k, size in enumerate(run.metrics["images_per_expert"]):
             groups[f"expert {k} ({size})"] = images[id(run)][own == k]
-        panels.append((run.name, groups, centers.tolist()))
+        panels.append((with_gate(run.name, run.gate), groups, centers.tolist()))
     if len(runs) > 1:
         groups = {}
         for setting in group_runs(runs):
@@ -1278,10 +1295,14 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
 
     for term in dict.fromkeys(key for event in events for key in event if key.startswith("loss_")):
         line("terms of the loss", term[5:].replace("_", " "), term)
+    for term in ("task", "cost", "clustering"):
+        line("gradient of a term to A(x)", term, f"A_gradient_{term}")
+    line("images inside the margin, %", "hinge active", "hinge_active", scale=100)
     line("GFLOPs per image", "real", "gflops_real")
     line("GFLOPs per image", "expected", "gflops_expected")
     line("distances in A", "inter, between centres", "inter")
-    line("distances in A", "intra, in clusters", "intra")
+    line("distances in A", "intra, pairs in a cluster", "intra")
+    line("distances in A", "intra, to the centre", "intra_to_centre")
     line("σ²", "σ², spread about the centres", "sigma2")
     for k in range(len(updates[0]["sizes"]) if updates else 0):
         line("images per cluster", f"expert {k}", "sizes", k)
@@ -1327,7 +1348,8 @@ def trade_off_points(runs: list[RunResult], score: str, published: bool) -> list
             color = COLORS[0]
         x = float(row["gflops"]), float(row["gflops_std"] or 0)
         y = float(row["score"]), float(row["score_std"] or 0)
-        points.append((f"{row['method']} ({row['source']})", x, y, color, "white"))
+        label = with_gate(row["method"], row["gate"])
+        points.append((f"{label} ({row['source']})", x, y, color, "white"))
     return points
 
 
@@ -1376,7 +1398,7 @@ def find_sweep(runs: list[RunResult], name: str) -> list[tuple[str, list[Setting
 
 def draw_ablations(runs: list[RunResult], published: bool = False):
     """Scores, GFLOPs, inter and intra against each swept setting (figures 6 and 7, table 3 of the paper)."""
-    sweeps = {name: find_sweep(runs, name) for name in ("k", "margin", "lambda2")}
+    sweeps = {name: find_sweep(runs, name) for name in SWEPT}
     sweeps = {name: lines for name, lines in sweeps.items() if lines}
     if not sweeps:
         return None

@@ -27,7 +27,7 @@ from kmeans import kmeans
 from model import (
     VARIANTS, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors, start_process
 )
-from routing import DOWN, KEEP, OPEN, UP, RoutedBackbone, fuse
+from routing import DOWN, KEEP, OPEN, UP, RoutedBackbone, fuse, resize
 
 # ============ multiply-adds ============
 
@@ -142,7 +142,7 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
             y = {KEEP: F.relu(h) * weight[:, KEEP] + x * closed}
             if node.up is not None:
                 up = node.up(F.relu(h))
-                up = F.interpolate(up, scale_factor=2, mode="bilinear", align_corners=False)
+                up = resize(up, scale_factor=2)
                 y[UP] = up * weight[:, UP]
             if node.down is not None:
                 down = F.conv2d(F.relu(h), node.down[0].weight, stride=2)
@@ -231,7 +231,7 @@ def print_speed(argv: list[str]) -> None:
     """Seconds, and on a GPU peak memory, beside the published way of computing the same; random weights."""
     parser = Parser("Measure inference or training of a segmentation network here.")
     add = parser.add_argument
-    routed = [name for name, variant in VARIANTS.items() if variant.gate]
+    routed = [name for name, variant in VARIANTS.items() if not variant.static]
     add("--variant", choices=routed, default="divdr-a", help="the network")
     add("--size", type=number(int, 32), nargs=2, metavar=("H", "W"), default=[512, 1024], help="of images")
     add("--classes", type=number(int, 1), default=19, help="classes of the head")

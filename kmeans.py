@@ -172,7 +172,7 @@ class Clusters(NamedTuple):
     centers: Tensor  # [k, D] float32, the mu_k, in the units of A
     labels: Tensor  # [N] int64, the cluster of each sample of the training set; -1 where it was not seen yet
     sigma2: float  # Σ ‖A − mu(x)‖² / (n − 1) over the n samples clustered, equation (2)
-    sizes: list[int]  # samples per cluster
+    sizes: list[int]  # of these samples, by cluster
     metric: Tensor | None = None  # [D] that A is multiplied by before distances, and sigma2, are taken
 
     def scaled(self, A: Tensor) -> Tensor:
@@ -192,23 +192,44 @@ class ActivationBank:
         device: best the one the model runs on; elsewhere every update waits for the model's.
         momentum: in [0, 1), the share of a sample's value that stays when it is seen again. Above 0 its value
             is a running mean over its augmented views, of which the last 1 / (1 − momentum) count most.
+        age: K-means leaves out samples that the last so many updates did not see; None: it sees all. Where
+            an epoch takes longer than gates take to change, old values would blur the centres.
 
-    Attributes: values [N, D] float32, 0 where nothing was seen; seen [N] bool; clusters, None before the
-    first K-means update.
+    Attributes: values [N, D] float32, 0 where nothing was seen; seen_at [N] int64, the update that saw a
+    sample last, 0 for none; updates, their number; clusters, None before the first K-means update.
     """
 
-    def __init__(self, num_samples: int, dim: int, device: torch.device | str = "cpu", momentum: float = 0):
+    def __init__(
+        self, num_samples: int, dim: int, device: torch.device | str = "cpu", momentum: float = 0,
+        age: int | None = None,
+    ):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
-        self.momentum = momentum
+        self.momentum, self.age = momentum, age
         self.values = torch.zeros(num_samples, dim, device=device)
-        self.seen = torch.zeros(num_samples, dtype=torch.bool, device=device)
+        self.seen_at = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        self.updates = 0
         self.clusters: Clusters | None = None
 
     @property
+    def seen(self) -> Tensor:
+        """bool [N]: the samples that have a value."""
+        return self.seen_at > 0
+
+    @property
+    def recent(self) -> Tensor:
+        """bool [N]: the samples that K-means sees."""
+        oldest = 1 if self.age is None else max(1, self.updates - self.age + 1)
+        return self.seen_at >= oldest
+
+    @property
     def count(self) -> int:
-        """How many samples have been seen."""
-        return int(self.seen.sum())  # a sync: asked only when clustering
+        """How many samples K-means sees."""
+        return int(self.recent.sum())  # a sync: asked only when clustering
+
+    def clear(self) -> None:
+        """Forgets all values, not the clusters."""
+        self.seen_at.zero_()
 
     @torch.no_grad()
     def update(self, index: Tensor, A: Tensor) -> None:
@@ -225,17 +246,21 @@ class ActivationBank:
         if self.momentum:
             A = torch.lerp(A, self.values[index], self.momentum * self.seen[index, None])
         self.values[index] = A
-        self.seen[index] = True
+        self.updates += 1
+        self.seen_at.index_fill_(0, index, self.updates)  # [index] = would wait for the device
 
     def cluster(
         self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 0, metric: Tensor | None = None
     ) -> Clusters:
-        """K-means over the samples seen, from the last centres or K-means++; sets and returns `clusters`.
+        """K-means over the recent samples, from the last centres or K-means++; sets and returns `clusters`.
+
+        An older sample is of the cluster whose centre is nearest to its last value.
 
         restarts: further K-means++ starts; the result with the least inertia is kept.
-        metric: [D] above 0, see `Clusters`. Raises ValueError while fewer than k samples are seen.
+        metric: [D] above 0, see `Clusters`. Raises ValueError while fewer than k samples are recent.
         """
-        index = self.seen.nonzero().squeeze(1)  # a sync: once per K-means update
+        recent = self.recent
+        index = recent.nonzero().squeeze(1)  # a sync: once per K-means update
         if len(index) < k:
             raise ValueError(f"{k} clusters need at least {k} samples, not {len(index)}")
         start = None
@@ -251,6 +276,8 @@ class ActivationBank:
             for j in range(1, restarts + 1):
                 results.append(kmeans(A, k, None, max_iter, seed + j))
             best = min(results, key=lambda result: result[2])
+            older = (self.seen & ~recent).nonzero().squeeze(1)
+            labels[older] = assign(self.values[older] * scale, best[0])[0]
             centers, labels[index], inertia[0] = best[0] / scale, best[1], best[2]
         if _distributed():
             for tensor in (centers, labels, inertia):
@@ -262,10 +289,10 @@ class ActivationBank:
     def cluster_known(self, labels: Tensor, k: int, metric: Tensor | None = None) -> Clusters:
         """`cluster` for clusters that are known: labels int64 [N] in [0, k) of all samples, seen or not.
 
-        A cluster of which nothing is seen has its centre at 0.
+        A cluster without a recent sample has its centre at 0.
         """
         labels = labels.to(self.values.device)
-        A, own = self.values[self.seen].double(), labels[self.seen]
+        A, own = self.values[self.recent].double(), labels[self.recent]
         sizes = own.bincount(minlength=k)
         sums = A.new_zeros(k, A.shape[1]).index_add_(0, own, A)
         centers = sums / sizes.clamp(min=1)[:, None]
@@ -278,7 +305,8 @@ class ActivationBank:
 
     def state_dict(self) -> dict:
         clusters = self.clusters and self.clusters._asdict()
-        return {"values": self.values, "seen": self.seen, "clusters": clusters}
+        state = {name: getattr(self, name) for name in ("values", "seen_at", "updates")}
+        return state | {"clusters": clusters}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if `state` is of a bank of another size."""
@@ -286,7 +314,8 @@ class ActivationBank:
             shapes = f"{tuple(self.values.shape)}, the state {tuple(state['values'].shape)}"
             raise ValueError(f"the bank is {shapes}")
         self.values.copy_(state["values"])
-        self.seen.copy_(state["seen"])
+        self.seen_at.copy_(state["seen_at"])
+        self.updates = state["updates"]
         if state["clusters"] is not None:
             place = self.values.device
             clusters = Clusters(**state["clusters"])
@@ -320,7 +349,7 @@ def _sigma2(inertia: float, n: int) -> float:
 def inter_intra(
     A: Tensor, labels: Tensor, centers: Tensor, max_samples: int | None = None
 ) -> tuple[float, float]:
-    """Inter and Intra of tables 2 and 3, as section 4.1 words them.
+    """Inter and Intra of tables 2 and 3, as section 4.1 words them; see also `intra_to_centre`.
 
     Inter: mean Euclidean distance over pairs of centres, empty clusters' too; 0.0 for a single one.
     Intra: mean distance over pairs of samples in a cluster, averaged over the clusters of at least two
@@ -344,6 +373,20 @@ def inter_intra(
             intra.append(_mean_over_pairs(A[members]))
     inter = _mean_over_pairs(centers) if len(centers) > 1 else 0.0
     return inter, sum(intra) / len(intra) if intra else 0.0
+
+
+@torch.no_grad()
+def intra_to_centre(A: Tensor, labels: Tensor, centers: Tensor) -> float:
+    """Intra as the caption of table 2 words it, "how close the samples are to the cluster centers".
+
+    The mean Euclidean distance of a cluster's samples to its centre, averaged over the clusters that have
+    samples; 0.0 if none has. A [n, D], labels [n], centers [k, D].
+    """
+    distances = _squared_to_own(A, centers, labels).double().sqrt()
+    sizes = labels.bincount(minlength=len(centers))
+    sums = distances.new_zeros(len(centers)).index_add_(0, labels, distances)
+    means = (sums / sizes)[sizes > 0]
+    return means.mean().item() if len(means) else 0.0
 
 
 def _mean_over_pairs(x: Tensor) -> float:

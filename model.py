@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -40,7 +39,7 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from tqdm import tqdm
 
-from routing import RoutedBackbone, Routes, conv_bn, conv_cost, pad_to_stride
+from routing import RoutedBackbone, Routes, conv_bn, conv_cost, pad_to_stride, resize
 
 
 class InputError(ValueError):
@@ -54,28 +53,35 @@ class InputError(ValueError):
 class Variant:
     """One row of the method's table: the weights of the loss terms and the kind of gate."""
 
-    gate: str | None  # None: no gates, a static network
     lambda1: float = 0.0  # weight of the cost loss
     budget: float = 0.0  # the share of the full cost that the cost loss aims at
     lambda2: float = 0.0  # weight of the clustering loss
-    task: str | None = None  # the one task of a static network; None: every task
+    static: str | None = None  # the one task of a network without gates; None: routed, for every task
+    full_in_detection: bool = False  # its gates are full there
+
+    def gate(self, task: str) -> str | None:
+        """The kind of gate, "full" or "small"; None of a static network."""
+        if self.static:
+            return None
+        return "full" if self.full_in_detection and task == "detection" else "small"
 
 
+# The DivDR paper compares at small gates, but for DR-R in detection, whose 38.2 G are those of full ones.
 VARIANTS = {
-    "dr-a": Variant("small", lambda1=0.8, budget=0.1),
-    "dr-b": Variant("small", lambda1=0.5, budget=0.1),
-    "dr-c": Variant("small", lambda1=0.5, budget=0.2),
-    "dr-raw": Variant("full"),
-    "divdr-a": Variant("small", lambda1=0.8, budget=0.1, lambda2=0.2),
-    "divdr-raw": Variant("small", lambda2=0.2),
-    "deeplabv3-r101": Variant(None, task="segmentation"),
-    "r50-fpn": Variant(None, task="detection"),
+    "dr-a": Variant(lambda1=0.8, budget=0.1),
+    "dr-b": Variant(lambda1=0.5, budget=0.1),
+    "dr-c": Variant(lambda1=0.5, budget=0.2),
+    "dr-raw": Variant(full_in_detection=True),
+    "divdr-a": Variant(lambda1=0.8, budget=0.1, lambda2=0.02),
+    "divdr-raw": Variant(lambda2=0.02),
+    "deeplabv3-r101": Variant(static="segmentation"),
+    "r50-fpn": Variant(static="detection"),
 }
 
 
 def variants_of(task: str) -> list[str]:
     """The names in `VARIANTS` that "segmentation" or "detection" can be trained with."""
-    return [name for name, variant in VARIANTS.items() if variant.task in (None, task)]
+    return [name for name, variant in VARIANTS.items() if variant.static in (None, task)]
 
 
 def build_model(
@@ -103,13 +109,13 @@ def build_model(
     if variant not in variants_of(task):
         names = ", ".join(variants_of(task))
         raise InputError(f"--variant {variant}: not a network for {task}; choose one of {names}")
-    static = VARIANTS[variant].gate is None
+    static = VARIANTS[variant].static
     channels, frozen = detector.pop("pyramid", None), detector.pop("frozen", False)
     if static and (layers, width, gate, channels) != (None,) * 4:
         raise InputError(f"--layers, --width, --gate and --pyramid: {variant} is a network of fixed size")
     if layers is None:
         layers = 16 if task == "segmentation" else 17
-    size = (layers, 64 if width is None else width, gate or VARIANTS[variant].gate)
+    size = (layers, 64 if width is None else width, gate or VARIANTS[variant].gate(task))
     try:
         if task == "detection":
             pyramid = resnet50_fpn(frozen) if static else RoutedPyramid(*size, channels or 256)
@@ -134,7 +140,7 @@ class SegmentationOutput(NamedTuple):
 
 
 class SegmentationHead(nn.Module):
-    """Features, fine to coarse, -> logits [B, classes, H, W].
+    """Features, fine to coarse, -> logits [B, classes, H, W], at least in float32.
 
     From the coarsest map down: conv1x1, double the size, add the next finer map.
     """
@@ -154,10 +160,10 @@ class SegmentationHead(nn.Module):
         """Empties the list as it goes, so that a map is freed once it is added."""
         y = self.laterals[-1](features.pop())
         for lateral in reversed(self.laterals[:-1]):
-            y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
-            y = lateral(y + features.pop())
+            y = lateral(resize(y, scale_factor=2) + features.pop())
         y = self.predictor(y)
-        return F.interpolate(y, scale_factor=4, mode="bilinear", align_corners=False)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))  # classes differ by less than half precision
+        return resize(y, scale_factor=4)
 
     def cost(self, height: int, width: int, count: str) -> int:
         """Multiply-adds; for `count` see `RoutedBackbone.costs`. The paper count takes an H/4 x H/4 map."""
@@ -633,13 +639,16 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
 
     A routed model takes a checkpoint of ours, for either task, or one of Dynamic Routing's authors. Gates and
     head may be missing in it, as in the authors' ImageNet backbones "Fix". `r50-fpn` takes torchvision's
-    ImageNet weights of ResNet-50. Raises InputError where the file cannot be read or does not fit.
+    ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101. Raises InputError where the file
+    cannot be read or does not fit.
     """
     if not model.dim:
-        contents = read_file(path, "torchvision's weights of ResNet-50")
-        report = load_matching(model.pyramid.body, contents)
+        detector = isinstance(model, Detector)
+        body = model.pyramid.body if detector else model.network.backbone
+        wanted = f"torchvision's weights of ResNet-{50 if detector else 101}"
+        report = load_matching(body, read_file(path, wanted))
         if report.missing:
-            raise InputError(f"--init {path}: no weights of torchvision's ResNet-50: no {report.missing[0]}")
+            raise InputError(f"--init {path}: not {wanted}: no {report.missing[0]}")
         return report
     contents = read_file(path, ANY_CHECKPOINT)
     weights = published_weights(contents) or contents.get("weights")
@@ -660,8 +669,8 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
 def load_published(path: Path | str, variant: str, device: torch.device) -> tuple[nn.Module, dict]:
     """A segmentation checkpoint of Dynamic Routing's authors -> the model in evaluation mode, and about it.
 
-    The variant says which gate it has, "full" or "small", which their files do not. Raises InputError where
-    the file is none of theirs or lacks a weight.
+    The variant says which gate it has, which their files do not: Dynamic-Raw's are full. Raises InputError
+    where the file is none of theirs or lacks a weight.
     """
     contents = read_file(path, ANY_CHECKPOINT)
     weights = published_weights(contents)
@@ -670,8 +679,11 @@ def load_published(path: Path | str, variant: str, device: torch.device) -> tupl
     if "head.predictor.weight" not in weights:
         raise InputError(f"{path}: a backbone without a head; train from it with --init")
     numbers = [int(name.split(".")[2]) for name in weights if re.match(r"backbone\.layers\.\d{1,3}\.", name)]
-    args = dict(variant=variant, task="segmentation", num_classes=len(weights["head.predictor.weight"]))
-    model = build_model(**args, layers=1 + max(numbers, default=0), width=len(weights[FIRST]))
+    args = dict(
+        variant=variant, task="segmentation", num_classes=len(weights["head.predictor.weight"]),
+        layers=1 + max(numbers, default=0), width=len(weights[FIRST]),
+        gate="full" if variant == "dr-raw" else "small")
+    model = build_model(**args)
     missing = load_matching(model, weights).missing
     if missing:
         lacking = f"lacks {len(missing)} weights of {variant}, the first {missing[0]}"

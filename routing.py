@@ -71,11 +71,7 @@ class Costs(NamedTuple):
     path: Tensor  # [1 + nodes, 3]
     gate: Tensor  # [1 + nodes]
     every_gate: bool  # whether the gate of a node that is not reached counts too
-
-    @property
-    def budgeted(self) -> int:
-        """C_all of the budget: all cells and paths, fully open."""
-        return int(self.cell.sum() + self.path.sum())
+    budgeted: int  # C_all of the budget: all cells and paths, fully open
 
 
 def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
@@ -113,6 +109,15 @@ def stem(width: int) -> nn.Sequential:
     )
 
 
+def resize(x: Tensor, **size) -> Tensor:
+    """Bilinear, in the precision of x [B, C, h, w]; size or scale_factor as in `F.interpolate`.
+
+    Under autocast a GPU would make it float32, and with it all that is added to it further on.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, mode="bilinear", align_corners=False, **size)
+
+
 class Cell(nn.Module):
     """Two stacked separable convolutions plus identity, then ReLU; the shape stays."""
 
@@ -140,10 +145,9 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.small and min(x.shape[-2:]) >= 4:
-            x = F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=False)
+            x = resize(x, scale_factor=0.25)
         elif self.small:
-            size = [max(side // 4, 1) for side in x.shape[-2:]]
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            x = resize(x, size=[max(side // 4, 1) for side in x.shape[-2:]])
         pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)  # [B, C/2]
         # On one pixel a linear layer does what the 1x1 convolution does, in less time.
         return F.linear(pooled, self.decide.weight.flatten(1), self.decide.bias)
@@ -178,8 +182,7 @@ class Node(nn.Module):
     def carry(self, path: int, h: Tensor, weight: Tensor) -> Tensor:
         """Sends the cell's output [B, C, h, w] up or down one scale, multiplied by `weight` [B, 1, 1, 1]."""
         if path == UP:
-            y = _weighted(self.up(h), weight)
-            return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+            return resize(_weighted(self.up(h), weight), scale_factor=2)
         # Pooling takes the stride: a strided 1x1 convolution of few channels in channels_last writes past its
         # buffers (oneDNN in torch 2.15). Unlike h[..., ::2, ::2], pooling has a gradient in channels_last.
         return _weighted(self.down(F.avg_pool2d(h, 1, stride=2)), weight)
@@ -509,4 +512,6 @@ def _count_costs(backbone: RoutedBackbone, height: int, width: int, count: str) 
         cells.append(cell)
         paths.append([cost * exists for cost, exists in zip(path, node.exists)])
         gates.append(gate)
-    return Costs(stem, torch.tensor(cells), torch.tensor(paths), torch.tensor(gates), every_gate=paper)
+    budgeted = sum(cells) + sum(map(sum, paths))
+    tables = [torch.tensor(costs) for costs in (cells, paths, gates)]
+    return Costs(stem, *tables, every_gate=paper, budgeted=budgeted)

@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import runpy
@@ -22,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -403,6 +406,56 @@ def test_the_tasks_metric_is_the_root_mean_square_of_what_more_of_a_path_would_d
     torch.testing.assert_close(metric.weights(), expected.float())
 
 
+def pretend_gpu(network):
+    """Puts a network on a GPU that is not there. To be called, and the network used, in FakeTensorMode."""
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            there = torch.empty_strided(weight.shape, weight.stride(), device="cuda")
+            module._parameters[name] = torch.nn.Parameter(there)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+    return network
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing(task):
+    """Tensors without contents know devices and types, and raise where a number is asked of them."""
+    network = model.build_model("divdr-a", task, 3, layers=5, width=8)
+    total, cuda = network.budgeted_cost(64, 128), torch.device("cuda")
+    types = []
+    for node in network.backbone.all_nodes():
+        node.cell.register_forward_pre_hook(lambda cell, inputs: types.append(inputs[0].dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pretend_gpu(network)
+        images, index = torch.empty(4, 3, 64, 128, dtype=torch.uint8), torch.empty(4, dtype=torch.int64)
+        bank = kmeans.ActivationBank(9, network.dim, cuda, momentum=0.5, age=7)
+        centers, labels = torch.empty(2, network.dim, device=cuda), torch.empty(9, device=cuda).long()
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks whether there is a GPU
+        try:
+            if task == "segmentation":
+                out = network(data.normalize(images.to(cuda)))
+                assert out.logits.dtype == torch.float32
+            else:  # torchvision's own parts around it draw sizes and choose regions, and wait
+                maps, routes = network.pyramid(data.as_float(images.to(cuda)))
+                cost = network.backbone.expected_cost(routes, 64, 128)
+                out = model.DetectionOutput({}, [], routes.A, cost, routes, [], (64, 128))
+                assert {y.dtype for y in maps.values()} == {torch.bfloat16}
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        assert types == [torch.bfloat16] * len(types) and len(types) == len(network.backbone.all_nodes())
+        own = labels[index.to(cuda)]
+        loss = losses.clustering_loss(out.A, centers, 0.5, 5.0, own)
+        loss = loss + losses.cost_loss(train_seg.mean_over_ranks(out.cost, 1), total, 0.1)
+        if task == "segmentation":
+            masks = torch.zeros(4, 64, 128, dtype=torch.int64, device=cuda)
+            loss = loss + train_seg.segmentation_loss(out.logits, masks, 1)
+        bank.update(index, out.A)
+        assert {loss.device.type, out.A.device.type, bank.values.device.type} == {"cuda"}
+        with pytest.raises(DataDependentOutputException):  # as anything that waits would
+            loss.item()
+
+
 # ============ cost ============
 
 
@@ -454,7 +507,7 @@ def test_everything_open_costs_what_is_published(layers, scales, classes, height
 
 
 def test_the_parts_and_the_budget_cost_what_is_published():
-    network, small = (model.build_model(name, "segmentation", 19) for name in ("dr-raw", "dr-a"))
+    network, small = (model.build_model("dr-raw", "segmentation", 19, gate=gate) for gate in ("full", None))
     millions = {}
     for part, cost in network.real_cost(network.backbone.open_routes(), 1024, 2048).items():
         millions[part] = round(cost.item() / 1e6, 3)
@@ -690,19 +743,23 @@ def inter_intra_by_hand(A, labels, centers):
         pairs = [math.dist(p, q) for i, p in enumerate(points) for q in points[:i]]
         return sum(pairs) / len(pairs)
 
-    intra = []
+    intra, to_centre = [], []
     for j in range(len(centers)):
         members = A[labels == j].tolist()
         if len(members) > 1:
             intra.append(mean(members))
-    return mean(centers.tolist()), sum(intra) / len(intra)
+        if members:
+            distances = [math.dist(p, centers[j].tolist()) for p in members]
+            to_centre.append(sum(distances) / len(distances))
+    return mean(centers.tolist()), sum(intra) / len(intra), sum(to_centre) / len(to_centre)
 
 
 def test_inter_and_intra_are_mean_distances_over_pairs_and_tell_a_collapse():
     A, centers, labels = torch.rand(90, 5), torch.rand(5, 5), torch.randint(3, (90,))
     labels[0] = 3  # one sample: no pair; cluster 4 is empty
-    by_hand = inter_intra_by_hand(A, labels, centers)
+    *by_hand, to_centre = inter_intra_by_hand(A, labels, centers)
     assert kmeans.inter_intra(A, labels, centers) == pytest.approx(by_hand, rel=1e-5)
+    assert kmeans.intra_to_centre(A, labels, centers) == pytest.approx(to_centre, rel=1e-5)
     some = kmeans.inter_intra(A, 0 * labels, centers[:1], max_samples=4)
     spaced = torch.pdist(A[[0, 22, 45, 67]]).mean().item()  # floor(i · 90 / 4)
     assert some == (0.0, pytest.approx(spaced, rel=1e-5))
@@ -758,6 +815,27 @@ def test_the_bank_keeps_the_latest_or_running_means_and_clusters_what_was_seen()
     torch.testing.assert_close(bank.values[1], mean)
 
 
+def test_kmeans_sees_what_was_seen_lately_and_older_samples_keep_a_cluster():
+    old, new = torch.tensor([[0.0, 0], [0, 1], [9, 9]]), torch.tensor([[0.0, 0], [1, 0], [5, 5], [5, 6]])
+    bank = kmeans.ActivationBank(8, 2, age=2)
+    bank.update(torch.tensor([0, 1, 2]), old)
+    bank.update(torch.tensor([3, 4]), new[:2])
+    assert bank.count == 5
+    bank.update(torch.tensor([5, 6]), new[2:])
+    assert (bank.count, bank.seen.tolist()) == (4, [True] * 7 + [False])
+    clusters = bank.cluster(2)
+    centers = clusters.centers[clusters.centers[:, 0].argsort()]
+    assert centers.tolist() == [[0.5, 0], [5, 5.5]] and clusters.sizes == [2, 2]
+    assert clusters.sigma2 == pytest.approx(4 * 0.25 / 3)  # of the four alone
+    a, b = clusters.labels[3].item(), clusters.labels[5].item()
+    assert clusters.labels.tolist() == [a, a, b, a, a, b, b, -1]
+    again = kmeans.ActivationBank(8, 2, age=2)
+    again.load_state_dict(bank.state_dict())
+    bank.update(torch.tensor([0]), old[:1])
+    again.update(torch.tensor([0]), old[:1])
+    assert bank.recent.tolist() == again.recent.tolist() == [True] + [False] * 4 + [True, True, False]
+
+
 def test_restarts_leave_a_bad_start():
     x = torch.cat([blobs(60, 5, 1, seed=s) + 10 * s for s in (1, 2, 3)])
     stuck = torch.stack([x[:120].mean(0), x[120:150].mean(0), x[150:].mean(0)])  # one centre for two blobs
@@ -807,17 +885,22 @@ def gradients_of_a_global_batch(process):
     network.backbone.training = True  # all gates run
     mine = slice(process.rank, None, process.world)
     distributed = train_seg.distribute(network, process)
+    if process.world > 1:
+        assert not distributed.will_sync_module_buffers() and distributed.gradient_as_bucket_view
     out = distributed(images[mine])
     cost = train_seg.mean_over_ranks(out.cost, process.world)
     loss = train_seg.segmentation_loss(out.logits, masks[mine], process.world)
     loss = loss + losses.cost_loss(cost, network.budgeted_cost(64, 64), 0.1)
     loss = loss + losses.clustering_loss(out.A, centers, 0.5, 5.0)
-    loss.backward()
+    with warnings.catch_warnings(action="error"):  # of gradients that are not laid out as weights are
+        loss.backward()
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
 def bank_and_gradients(rank):
     process = model.start_process("cpu")
+    assert data.on_first_rank(lambda: rank) == 0
+    refuses(lambda: open_coco(f"none{rank}"), "none0")  # the first one alone looks
     bank, A = kmeans.ActivationBank(9, 2), torch.arange(18.0).view(9, 2)
     for index in [[[0, 7], [3, 1]], [[8, 2], [5, 7]]]:
         bank.update(torch.tensor(index[rank]), A[index[rank]])
@@ -840,7 +923,7 @@ def test_two_processes_have_one_bank_one_clustering_and_the_gradients_of_the_who
     for rank in (0, 1):
         saved = torch.load(f"{rank}.pt", weights_only=True)
         bank, clusters = saved["bank"], saved["bank"]["clusters"]
-        assert torch.equal(bank["seen"].nonzero().flatten(), seen)
+        assert torch.equal(bank["seen_at"].nonzero().flatten(), seen)
         assert torch.equal(bank["values"][seen], A[seen])
         assert torch.equal(clusters["centers"], centers) and torch.equal(clusters["labels"][seen], labels)
         assert clusters["sigma2"] == inertia / 6
@@ -855,18 +938,22 @@ def test_two_processes_have_one_bank_one_clustering_and_the_gradients_of_the_who
 def test_variants_are_the_methods_table():
     for name, row in {
         "dr-a": (0.8, 0.1, 0, "small"), "dr-b": (0.5, 0.1, 0, "small"), "dr-c": (0.5, 0.2, 0, "small"),
-        "dr-raw": (0, 0, 0, "full"), "divdr-a": (0.8, 0.1, 0.2, "small"), "divdr-raw": (0, 0, 0.2, "small"),
+        "dr-raw": (0, 0, 0, "small"), "divdr-a": (0.8, 0.1, 0.02, "small"),
+        "divdr-raw": (0, 0, 0.02, "small"),
     }.items():
         config = train_seg.settings(["--variant", name])
         assert (config.lambda1, config.budget, config.lambda2, config.gate) == row
+        assert (config.own, config.kmeans_restarts, config.bank_age) == ("bank", 4, 2000)
         assert (config.k, config.margin, config.kmeans_every) == (4, 5.0, 50)
         assert (config.iters, config.batch, config.crop) == (180_000, 8, 768)
-        assert (config.lr, config.warmup, config.clip) == (0.05, 1000, 5.0)
+        assert (config.warmup, config.clip) == (1000, 5.0)
     config = train_seg.settings("--dataset shapes --subsets 2 --lr 0.3".split())
     assert (config.k, config.lr, config.lambda2, config.own, config.layers) == (2, 0.3, 0.02, "bank", 4)
     assert train_seg.settings("--dataset shapes --variant dr-a".split()).lambda2 == 0
     det = train_det.settings(["--variant", "dr-raw"])
     assert (det.gate, det.layers, det.batch) == ("full", 17, 16)
+    assert train_det.settings(["--variant", "r50-fpn"]).clip == 0  # its reference clips nothing
+    assert train_det.settings(["--dataset", "shapes"]).lambda2 == 0.02
     assert (det.iters, det.lr_steps) == (90_000, [60_000, 80_000])
 
 
@@ -878,11 +965,67 @@ def test_runs_of_both_tasks_have_folders_of_their_own():
 
 
 def test_norm_weights_have_no_weight_decay():
+    config = train_seg.settings(["--lr", "0.1", "--gate-lr", "1"])
     network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
-    decayed, free = train_seg.make_optimizer(network, train_seg.settings([])).param_groups
+    decayed, free = train_seg.make_optimizer(network, config).param_groups
     norms = {weight for norm in parts_of(network, torch.nn.BatchNorm2d) for weight in norm.parameters()}
     assert set(free["params"]) == norms and (free["weight_decay"], decayed["weight_decay"]) == (0, 1e-4)
     assert len(decayed["params"]) + len(norms) == len(list(network.parameters()))
+
+
+def test_learning_rates_depend_on_whether_init_starts_the_gates():
+    size = dict(layers=4, width=8, gate=None)
+    args = dict(variant="dr-a", task="segmentation", num_classes=11, **size)
+    for flags, without, lr, gate_lr in [
+        ("", None, 0.05, 1), ("--init file.pth", [], 0.05, 1), ("--init file.pth", ["gate_conv"], 0.02, 2.5),
+        ("--init file.pth --lr 0.3 --gate-lr 2", ["gate_conv"], 0.3, 2),
+    ]:
+        if without is not None:
+            published_file("file.pth", classes=11, without=without)
+        config = train_seg.settings(flags.split())
+        network = train_seg.make_model(args, config, CPU, None, lr=0.05)
+        optimizer = train_seg.make_optimizer(network, config)
+        assert (config.lr, config.gate_lr) == (lr, gate_lr)
+        rates = {}
+        for group in optimizer.param_groups:
+            rates |= dict.fromkeys(group["params"], (group["lr"], group["weight_decay"]))
+        gates = {weight for gate in parts_of(network, routing.Gate) for weight in gate.parameters()}
+        norms = {weight for norm in parts_of(network, torch.nn.BatchNorm2d) for weight in norm.parameters()}
+        for weight in network.parameters():
+            decay = 0 if weight in norms else 1e-4
+            assert rates.pop(weight) == (pytest.approx(lr * (gate_lr if weight in gates else 1)), decay)
+        assert not rates
+
+
+def test_the_log_tells_what_each_term_does_to_A():
+    """Against the same losses of alphas that are given, not decided."""
+    torch.manual_seed(0)
+    network = model.build_model("divdr-a", "segmentation", 3, layers=4, width=8)
+    backbone, images = network.backbone, torch.randn(5, 3, 64, 64)
+    let_gates_decide(network)
+    for gate in parts_of(network, routing.Gate):  # the task reaches A(x) by the weights of paths alone
+        gate.register_forward_pre_hook(lambda gate, inputs: inputs[0].detach())
+    features, routes = backbone.route(images)
+    centers = routes.A.detach()[:2] + 0.3 * torch.rand(2, network.dim)
+    margin = 0.4  # between those of the images
+
+    def terms(features, routes):
+        return {
+            "task": sum(feature.square().mean() for feature in features),
+            "cost": 0.8 * losses.cost_loss(backbone.expected_cost(routes, 64, 64), 1e5, 0.1),
+            "clustering": 0.1 * losses.clustering_loss(routes.A, centers, 0.5, margin)}
+
+    logged = train_seg.gate_gradients(terms(features, routes), routes, "alpha")
+    logged = {name: value.item() for name, value in logged.items()}
+    alphas = routes.alpha.detach().requires_grad_()
+    for name, term in terms(*backbone.route(images, alpha=alphas)).items():
+        (gradient,) = torch.autograd.grad(term, alphas, retain_graph=True)
+        gradient = gradient * (alphas > routing.OPEN)
+        norms = 5 * gradient[:, 1:].flatten(1).norm(dim=1)
+        assert logged.pop(f"A_gradient_{name}") == pytest.approx(norms.mean().item(), rel=1e-4)
+    single = [losses.clustering_loss(A[None], centers, 0.5, margin).item() for A in routes.A]
+    active = sum(value > 0 for value in single)
+    assert logged == {"hinge_active": pytest.approx(active / 5)} and 0 < active < 5
 
 
 def test_the_segmentation_loss_ignores_255_and_survives_crops_without_labels():
@@ -904,6 +1047,9 @@ def test_batch_norm_is_reestimated_as_plain_averages():
     train_seg.reestimate_batch_norm(network, iter(batches), world=1)
     torch.testing.assert_close(network[0].running_mean, batches.mean((0, 1, 3, 4)))
     torch.testing.assert_close(network[0].running_var, batches.var((1, 3, 4)).mean(0))
+    batches[:, :, 1] = 0  # nothing reached it: what does so later passes as it is
+    train_seg.reestimate_batch_norm(network, iter(batches), world=1)
+    assert network[0].running_var[1] == 1 and network[0].running_var[0] != 1
 
 
 def test_recomputing_leaves_nothing_of_old_activations():
@@ -918,6 +1064,11 @@ def test_recomputing_leaves_nothing_of_old_activations():
     for index in batches:
         torch.testing.assert_close(bank.values[index], network.routes(images[index]).A)
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
+
+
+def test_compiling_is_for_one_process():
+    config, two = train_seg.settings(["--compile"]), model.Process(0, 2, torch.device("cpu"))
+    refuses(lambda: train_seg.settle(config, two), "--compile", "one process")
 
 
 @pytest.mark.parametrize("script, flags, words", [
@@ -948,7 +1099,7 @@ def test_two_processes_train_and_every_sample_enters_the_bank(trained):
         assert (config["lambda1"], config["gate"], config["batch"], config["iters"]) == (0.8, "small", 4, 12)
         network, checkpoint = model.load_checkpoint(folder / "last.pt")
         bank, clusters = checkpoint["bank"], checkpoint["bank"]["clusters"]
-        assert bank["seen"].tolist() == [True] * images and (bank["values"].sum(1) > 0).all()
+        assert (bank["seen_at"] > 0).tolist() == [True] * images and (bank["values"].sum(1) > 0).all()
         assert clusters["centers"].shape == (2, network.dim) and sum(clusters["sizes"]) == images
         assert iterations(folder, "kmeans") == [3, 6, 9, 12] and iterations(folder, "evaluation") == [6, 12]
         assert scores <= events(folder, "evaluation")[-1].keys()
@@ -956,6 +1107,8 @@ def test_two_processes_train_and_every_sample_enters_the_bank(trained):
         last = events(folder, "train")[-1]
         assert {f"loss_{term}" for term in terms[name] | {"cost", "clustering"}} <= last.keys()
         assert {"gflops_expected", "lr", "gradient_norm"} <= last.keys() and last["gflops_real"] > 0
+        assert 0 <= last["hinge_active"] <= 1 and last["A_gradient_task"] > 0
+        assert {"A_gradient_cost", "A_gradient_clustering"} <= last.keys()
     assert (checkpoint["classes"], checkpoint["category_ids"]) == (["dark", "bright"], [3, 7])
 
 
@@ -977,7 +1130,7 @@ def test_one_process_trains_with(script, flags):
     succeeds(script.main, flags, "--iters 9 --eval-every 100 --name run")
     network, checkpoint = model.load_checkpoint("runs/run/last.pt")
     bank = checkpoint["bank"]
-    assert bank["seen"].tolist() == [True] * (12 if script is train_seg else 8)
+    assert (bank["seen_at"] > 0).tolist() == [True] * (12 if script is train_seg else 8)
     assert bank["clusters"]["centers"].shape == (2, network.dim)
     assert (bank["values"].abs().max() > 1) == ("logit" in flags)
     assert (bank["clusters"]["metric"] is not None) == ("metric task" in flags)
@@ -1003,7 +1156,7 @@ def test_shapes_end_with_the_recovered_subsets_and_the_oracles_centres():
     subset = data.segmentation_dataset("shapes", None, "train", False, size=32, hard=True, subsets=2).subset
     bank = checkpoint["bank"]
     for k in range(2):
-        mine = bank["values"][bank["seen"] & (subset == k)]
+        mine = bank["values"][(bank["seen_at"] > 0) & (subset == k)]
         torch.testing.assert_close(bank["clusters"]["centers"][k], mine.mean(0), atol=1e-5, rtol=1e-5)
 
 
@@ -1027,7 +1180,12 @@ def test_a_static_baseline_runs_through_the_same_loop(monkeypatch):
     monkeypatch.setattr(model, "deeplabv3_resnet101", smaller)
     write_camvid(count=2)
     flags = "--dataset camvid --data camvid --crop 64 --short-sides 64 --batch 2 --iters 1 --bn-batches 1"
-    succeeds(train_seg.main, flags, "--variant deeplabv3-r101 --name static", QUIET)
+    backbone = smaller(weights=None, weights_backbone=None, num_classes=3).backbone
+    torch.save(backbone.state_dict(), "backbone.pth")
+    out = succeeds(train_seg.main, flags, "--variant deeplabv3-r101 --init backbone.pth --name static", QUIET)
+    assert f"{len(without_counters(backbone.state_dict()))} tensors matched, 0 missing" in out
+    config = read_json("runs/static/config.json")
+    assert (config["lr"], config["clip"]) == (0.02, 0)
     figures = []  # without gates there are three
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.append((name, figure)))
     succeeds(evaluate.main, "runs/static/last.pt --figures drawn --format latex", QUIET)
@@ -1414,16 +1572,26 @@ def test_coco_items_are_what_the_file_says_and_are_flipped_with_their_boxes():
     assert 3 < flipped < 17
 
 
+def test_objects_of_a_coco_file_take_little_and_segmentations_nothing_without_masks():
+    contents, file = write_coco(), "coco/annotations/instances_train2017.json"
+    more = [contents["annotations"][0] | dict(id=1000 + i) for i in range(2000)]
+    Path(file).write_text(json.dumps(contents | dict(annotations=more)))
+    boxes, masks = (len(pickle.dumps(open_coco(masks=masks))) / 2000 for masks in (False, True))
+    outline = 8 * len(more[0]["segmentation"][0])
+    assert boxes < 80 and boxes + outline / 4 < masks < boxes + 2 * outline  # bytes an object
+    assert len(open_coco()[0][1]["masks"]) == 2000
+
+
 def test_bad_coco_files_are_named_in_one_line():
     contents, secret = write_coco(), os.path.abspath("coco/secret.jpg")
-    box, image = contents["annotations"][0], contents["images"][0]
+    box, (image, *rest) = contents["annotations"][0], contents["images"]
     shutil.copy(f"coco/train2017/{image['file_name']}", secret)
     for part, value, word in [
         ("images", [dict(id=1)], "images"), ("images", "none", "bad.json"), ("images", [], "bad.json"),
-        ("images", [image | dict(file_name="gone.jpg")], "no such image"),
-        ("images", [image | dict(file_name="../secret.jpg")], "no such image"),
-        ("images", [image | dict(file_name=secret)], "no such image"),
-        ("images", [image | dict(width="wide")], "width"),
+        ("images", [image | dict(file_name="gone.jpg"), *rest], "no such image"),
+        ("images", [image | dict(file_name="../secret.jpg"), *rest], "no such image"),
+        ("images", [image | dict(file_name=secret), *rest], "no such image"),
+        ("images", [image | dict(width="wide"), *rest], "width"), ("images", [image] * 2, "same id"),
         ("categories", [dict(id=9, name="x")], "categories"), ("annotations", [], "object"),
         ("annotations", [box | dict(bbox=[1, 2, 3])], "annotation 1"),
         ("annotations", [box | dict(bbox=[1, 2, float("nan"), 4])], "annotation 1"),
@@ -1551,7 +1719,7 @@ def without_counters(weights):
 
 @pytest.mark.parametrize("layers", [16, 33])
 def test_every_published_name_is_one_of_ours_and_the_reverse(layers):
-    network, renamed = model.build_model("dr-raw", "segmentation", 19, layers=layers), {}
+    network, renamed = model.build_model("dr-raw", "segmentation", 19, layers=layers, gate="full"), {}
     for name, shape in published_shapes(layers).items():
         renamed[model.from_published_name(name)] = shape
     ours = {name: tuple(weight.shape) for name, weight in without_counters(network.state_dict()).items()}
@@ -1563,6 +1731,7 @@ def test_a_published_checkpoint_is_read_whole_and_evaluated():
     weights = published_file("camvid.pth", classes=11)
     network, about = model.load_published("camvid.pth", "dr-a", "cpu")
     assert (network.backbone.gate, network.backbone.width, about["iteration"]) == ("small", 8, 12)
+    assert model.load_published("camvid.pth", "dr-raw", "cpu")[0].backbone.gate == "full"
     first = weights.pop("backbone.stem.stem_1.weight")
     for name, weight in without_counters(weights).items():
         assert torch.equal(weight, network.state_dict()[model.from_published_name(name)])
@@ -1715,7 +1884,7 @@ def test_one_process_evaluates_as_two_do(trained):
         for result in found:
             scores[result["image_id"]] = max(scores.get(result["image_id"], 0), result["score"])
     assert best[0] == pytest.approx(best[1], abs=1e-4)
-    scores, _ = evaluate.average_precision(open_coco(split="val", masks=False), others, "segm")
+    scores, _ = evaluate.average_precision(open_coco(split="val"), others, "segm")
     assert one["mask"]["AP"] == pytest.approx(100 * scores["AP"])
 
 
@@ -1734,9 +1903,9 @@ def test_pictures_show_what_is_predicted(trained):
         refuses(lambda: run(evaluate.main, "runs/det/last.pt --device cpu", flags), flags.split()[0])
 
 
-def made_up_run(name, miou, seed=0, variant="divdr-a", k=3):
+def made_up_run(name, miou, seed=0, variant="divdr-a", k=3, gate="small", kmeans_every=50):
     """What evaluate.py knows of a run after a split of 6 images, without the run."""
-    network = model.build_model(variant, "segmentation", 2, layers=4, width=8)
+    network = model.build_model(variant, "segmentation", 2, layers=4, width=8, gate=gate)
     generator = torch.Generator().manual_seed(seed)
     exists = torch.tensor([node.exists for node in network.backbone.all_nodes()[1:]]).flatten()
     centers = torch.rand(k, len(exists), generator=generator) * exists
@@ -1748,8 +1917,10 @@ def made_up_run(name, miou, seed=0, variant="divdr-a", k=3):
     metrics |= evaluate.describe_experts(A, cost["paper"], centers, kmeans.assign(A, centers)[0])
     checkpoint = dict(
         path=Path(f"runs/{name}/last.pt"), task="segmentation", iteration=10,
-        config=dict(seed=seed, k=k, margin=5.0, lambda2=model.VARIANTS[variant].lambda2, iters=10),
-        model_args=dict(variant=variant, width=8))
+        config=dict(
+            seed=seed, k=k, margin=5.0, lambda2=model.VARIANTS[variant].lambda2, iters=10, gate=gate,
+            kmeans_every=kmeans_every),
+        model_args=dict(variant=variant, width=8, gate=gate))
     result = evaluate.SplitResult(A, cost, (32, 32), {}, "")
     clusters = kmeans.Clusters(centers, torch.zeros(6), 0.1, [])
     return evaluate.RunResult(name, checkpoint, result, evaluate.grid_of(network), clusters, metrics)
@@ -1760,24 +1931,41 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation():
     runs = [made_up_run(f"k{k}-{s}", score, s, k=k) for k in scores for s, score in enumerate(scores[k])]
     runs.append(made_up_run("dr", 58.25, variant="dr-a"))
     header, *rows = evaluate.make_table(runs, published=True)
-    assert header == ["Method", "Backbone", "K", "mIoU val", "GFLOPs", "Inter", "Intra", "Seeds"]
+    assert header == ["Method", "Backbone", "K", "mIoU val", "GFLOPs", "Inter", "Intra", "To centre", "Seeds"]
     dr, two, three, *paper = rows
     gflops = [run.flops.double().mean().item() / 1e9 for run in runs[:3]]
     assert two[:3] == ["DivDR-A", "Layer4, width 8", "2"]
     assert two[3] == f"{np.mean(scores[2]):.2f} ± {np.std(scores[2], ddof=1):.2f}"
     assert two[4] == f"{np.mean(gflops):.4f} ± {np.std(gflops, ddof=1):.4f}"
     assert (two[-1], dr[0], dr[3], three[2], three[3], three[-1]) == ("3", "DR-A", "58.25", "3", "64.00", "1")
-    row = ["DivDR-A (DivDR Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9", "–", "–", "–"]
+    row = ["DivDR-A (DivDR Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9", "–", "–", "–", "–"]
     assert row in paper
-    assert {len(row) for row in paper} == {8}
+    assert {len(row) for row in paper} == {9}
     latex = evaluate.render([header, *rows], "latex").splitlines()
-    assert latex[0] == r"\begin{tabular}{llrrrrrr}"
+    assert latex[0] == r"\begin{tabular}{llrrrrrrr}"
     assert r"61.50 $\pm$ 1.80" in latex[5] and latex[5].endswith(r"\\")
     markdown = evaluate.render([header, *rows], "markdown").splitlines()
     assert set(markdown[1]) == set("|-: ") and len(set(map(len, markdown))) == 1
     assert evaluate.draw_ablations(runs).axes[0].lines[0].get_ydata().tolist() == [np.mean(scores[2]), 64.0]
     points = evaluate.draw_trade_off(runs, True).axes[0].get_legend().get_lines()
     assert [line.get_markerfacecolor() == "white" for line in points] == [False] * 3 + [True] * 27
+
+
+def test_what_has_full_gates_says_so_and_updates_of_kmeans_can_be_swept():
+    runs = [made_up_run("dr", 58.0, variant="dr-raw", gate="full"), made_up_run("divdr", 60.0)]
+    runs.append(made_up_run("seldom", 61.0, kmeans_every=200))
+    header, raw, divdr, _, *paper = evaluate.make_table(runs, published=True)
+    backbones = [row[header.index("Backbone")] for row in (raw, divdr)]
+    assert backbones == ["Layer4, width 8, full gates", "Layer4, width 8"]
+    full = {row[0] for row in paper if row[1].endswith(", full gates")}
+    assert full == {row[0] for row in paper if row[0].startswith("Dynamic-Raw")} and len(full) == 6
+    legend = evaluate.draw_trade_off(runs, False).axes[0].get_legend().get_texts()
+    assert legend[0].get_text() == "DR-Raw, full gates, K-means every 50"
+    figure = evaluate.draw_routes(runs[1], runs, None)
+    assert any("Dynamic Routing, full gates" in ax.get_title() for ax in figure.axes)
+    figure = evaluate.draw_ablations(runs[1:])
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [60.0, 61.0]
+    assert [ax.get_xlabel() for ax in figure.axes if ax.get_xlabel()] == ["K-means every"]
 
 
 def test_the_published_rows_are_all_there():

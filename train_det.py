@@ -29,7 +29,7 @@ import evaluate
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import VARIANTS, InputError, number, one_line_errors, save_checkpoint, start_process
 from train_seg import (
-    Log, TaskMetric, complete, distribute, finish, kmeans_interval, make_bank, make_model,
+    Log, TaskMetric, complete, distribute, finish, gate_gradients, kmeans_interval, make_bank, make_model,
     make_optimizer, mean_over_ranks, open_run, recompute_activations, reestimate_batch_norm, route_cost,
     settle, shapes_options, shared_settings, warm_up,
 )
@@ -41,12 +41,12 @@ RECIPES = {
     "coco": dict(
         data=data.COCO_ROOT, layers=17, width=64, pyramid=256, short_sides=(800,), long_side=1333, anchor=32,
         proposals=1000, rois=512, iters=90_000, batch=16, lr=0.02, warmup=1000, eval_every=10_000,
-        bn_batches=200, eval_batch=1, kmeans_restarts=0, own="nearest", bank_momentum=0.0,
+        bn_batches=200, eval_batch=1, bank_momentum=0.0,
     ),
     "shapes": dict(
         layers=6, width=16, pyramid=32, short_sides=(128,), long_side=128, anchor=8, size=128, proposals=100,
         rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000, bn_batches=50, eval_batch=10,
-        kmeans_restarts=4, own="bank", bank_momentum=0.5, lambda2=0.1,
+        bank_momentum=0.5,
     ),
 }
 
@@ -106,15 +106,15 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, rank, world)
 
     # ============ network ============
-    static = VARIANTS[config.variant].gate is None
+    static = VARIANTS[config.variant].static
     model_args = dict(
         variant=config.variant, task="detection", num_classes=len(train_set.classes), layers=config.layers,
         width=config.width, gate=config.gate, pyramid=config.pyramid, masks=config.masks,
         short_sides=config.short_sides, long_side=config.long_side, anchor=config.anchor,
-        proposals=config.proposals, rois=config.rois, frozen=static and config.init is not None)
+        proposals=config.proposals, rois=config.rois, frozen=bool(static and config.init))
     saved = open_run(folder, config, process, train_set.classes, train_set)  # None: a new run
     model_args = saved["model_args"] if saved else model_args  # --init need not be repeated
-    model = make_model(model_args, config, process, saved)
+    model = make_model(model_args, config, process, saved, RECIPES[config.dataset]["lr"])
     optimizer = make_optimizer(model, config)
 
     def learning_rate(step: int) -> float:
@@ -153,6 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     for iteration in range(done + 1, config.iters + 1):
         torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
         network.train()
+        evaluating = iteration % config.eval_every == 0 or iteration == config.iters
+        saving = evaluating or iteration % config.save_every == 0
+        logging = saving or iteration % config.log_every == 0
         images, targets, index = next(batches)
         images, targets = to_device(images, targets, device)
         index = index.to(bank.values.device, non_blocking=True)
@@ -172,11 +175,12 @@ def main(argv: list[str] | None = None) -> None:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
+        optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
+        of_gates = gate_gradients(terms, out.routes, config.gate_space) if logging else {}
         if task_metric:
             task_metric.watch(out.routes)
-        optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -206,11 +210,9 @@ def main(argv: list[str] | None = None) -> None:
             log.clusters(iteration, bank)
 
         # ============ logging, evaluating, saving ============
-        evaluating = iteration % config.eval_every == 0 or iteration == config.iters
-        saving = evaluating or iteration % config.save_every == 0
         improved = False
-        if saving or iteration % config.log_every == 0:
-            log.steps_line(iteration, lr, route_cost(model, out, out.padded))
+        if logging:
+            log.steps_line(iteration, lr, route_cost(model, out, out.padded) | of_gates)
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
@@ -238,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_annotations(config: argparse.Namespace, train_set, val_set) -> None:
     """Raises InputError where nothing can be evaluated, or what is evaluated is not what is trained."""
-    if not val_set.coco.anns:
+    if not val_set.has_truth:
         where = config.val_json or config.data
         raise InputError(f"{where}: no annotations to evaluate on; give some with --val-json")
     if (train_set.classes, train_set.category_ids) != (val_set.classes, val_set.category_ids):

@@ -16,6 +16,7 @@ best.pt. Stopped, it goes on with the same command and --resume; --resume auto a
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import math
@@ -33,31 +34,32 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from kmeans import ActivationBank, describe_collapse, inter_intra
+from kmeans import ActivationBank, describe_collapse, inter_intra, intra_to_centre
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import (
     VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, make_folder, number,
     one_line_errors, read_file, save_checkpoint, start_process, variants_of,
 )
-from routing import Routes
+from routing import OPEN, Gate, Routes
 
 # ============ settings ============
 
 # Defaults that differ by data set; one that is not here takes CamVid's. Crop, scales and batch are in
-# data.py. A recipe's lambda2 replaces that of the DivDR variants, 0.2. On shapes warm starts alone can weld
-# two subsets together early on, and a few restarts find them again; `own` "bank" carries the clusters through
-# the start of the budget.
+# data.py.
 RECIPES = {
     "cityscapes": dict(
         layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200,
-        kmeans_restarts=0, own="nearest", bank_momentum=0.0),
+        bank_momentum=0.0),
     "camvid": dict(
         layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100,
-        kmeans_restarts=0, own="nearest", bank_momentum=0.0, lambda2=0.02),
+        bank_momentum=0.0),
     "shapes": dict(
         layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50,
-        kmeans_restarts=4, own="bank", bank_momentum=0.5, lambda2=0.02),
+        bank_momentum=0.5),
 }
+# Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and what gates, which start
+# at random, have of it.
+FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,12 +85,11 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     first.add_argument("--variant", default="divdr-a")
     chosen = first.parse_known_args(argv)[0]
     variant = VARIANTS.get(chosen.variant, VARIANTS["divdr-a"])
-    recipe = recipes.get(chosen.dataset, {})
-    lambda2 = recipe.get("lambda2", variant.lambda2) if variant.lambda2 else 0.0
-    defaults = recipe | dict(
-        gate=variant.gate, lambda1=variant.lambda1, budget=variant.budget, lambda2=lambda2, warmup=None)
-    if variant.gate is None:  # a network of fixed size
-        defaults |= dict(layers=None, width=None, pyramid=None)
+    defaults = recipes.get(chosen.dataset, {}) | dict(
+        gate=variant.gate(task), lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2,
+        warmup=None, lr=None, clip=5.0)
+    if variant.static:  # a network of fixed size, whose reference clips nothing
+        defaults |= dict(layers=None, width=None, pyramid=None, clip=0.0)
     parser = Parser(description)
     parser.set_defaults(**defaults)
 
@@ -126,12 +127,17 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add = parser.add_argument_group("optimiser").add_argument
     add("--iters", type=number(int, 1), help="SGD steps")
     add("--batch", type=number(int, 1), help="images per step over all processes")
-    add("--lr", type=number(float, 0), help="learning rate after warm-up")
+    add("--lr", type=number(float, 0),
+        help="learning rate after warm-up; by default the data set's, or with --init weights without gates "
+             f"{FROM_WEIGHTS['lr']}")
+    add("--gate-lr", type=number(float, 0),
+        help=f"that of the gates over --lr; by default 1, or with --init weights without gates "
+             f"{FROM_WEIGHTS['gate_lr']}")
     add("--warmup", type=number(int, 0),
         help="steps of linear warm-up from 0.001 x lr; by default the data set's, at most --iters / 10")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="weight decay; norm weights have none")
-    add("--clip", type=number(float, 0), default=5.0, help="largest gradient norm")
+    add("--clip", type=number(float, 0), help="largest gradient norm; 0: any")
 
     add = parser.add_argument_group("method").add_argument
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
@@ -142,11 +148,14 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
     add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0, help="growth of that interval by the end")
-    add("--kmeans-restarts", type=number(int, 0), help="K-means++ starts tried beside the last centres")
+    add("--kmeans-restarts", type=number(int, 0), default=4,
+        help="K-means++ starts tried beside the last centres")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
     add("--bank-momentum", type=number(float, 0, 0.999), help="see kmeans.ActivationBank")
-    add("--own", choices=["nearest", "bank"],
+    add("--bank-age", type=number(int, 1), default=2000,
+        help="K-means leaves out the samples that so many iterations have not seen")
+    add("--own", choices=["nearest", "bank"], default="bank",
         help="an image is pulled to the nearest centre, or to that of its cluster at the last K-means update")
     add("--metric", choices=["plain", "task"], default="plain",
         help="distances between architectures: plain, or each gate counts as much as the task depends on it")
@@ -167,7 +176,7 @@ def complete(config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.N
     """Fills in the settings that follow from others; k stays None where there is nothing to cluster."""
     if config.name is None:
         config.name = f"{config.dataset}-{config.variant}-seed{config.seed}"
-    if config.k is None and VARIANTS[config.variant].gate is not None:
+    if config.k is None and not VARIANTS[config.variant].static:
         config.k = (config.subsets or 3) if config.dataset == "shapes" else 4
     if config.oracle:
         config.own = "bank"
@@ -183,19 +192,20 @@ def shapes_options(config: argparse.Namespace) -> dict:
 
 def settle(config: argparse.Namespace, process: Process) -> None:
     """Raises InputError for settings that do not go together or not with the device; fills in --amp."""
-    variant, device, static = config.variant, process.device, VARIANTS[config.variant].gate is None
+    variant, device, static = config.variant, process.device, VARIANTS[config.variant].static
     alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     for name in ("lambda1", "lambda2", "k", "metric", "oracle"):
         if static and getattr(config, name) not in (None, 0, "plain"):
             raise InputError(f"--{name}: does not apply to {variant}, which has no gates")
-    if static and config.init and variant != "r50-fpn":
-        raise InputError(f"--init {config.init}: starts routed networks and r50-fpn, not {variant}")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.metric == "task" and (config.gate_space == "logit" or config.compile):
         raise InputError("--metric task: does not go with --gate-space logit, nor with --compile")
+    if config.compile and process.world > 1:
+        words = "is for one process; shared batch norm would cut the compiled network at each of its layers"
+        raise InputError(f"--compile: {words}")
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.amp and not on_gpu and device.type != "cpu":
         raise InputError(f"--amp: {device} has no bfloat16; leave it out")
@@ -212,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, world, device = process
     settle(config, process)
     torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = config.crop is not None  # all images of one size
     folder = Path(config.out) / config.name
 
     # ============ data ============
@@ -229,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate)
     saved = open_run(folder, config, process, classes, train_set)  # None: a new run
-    model = make_model(model_args, config, process, saved)
+    lr = RECIPES.get(config.dataset, RECIPES["camvid"])["lr"]
+    model = make_model(model_args, config, process, saved, lr)
     optimizer = make_optimizer(model, config)
 
     def learning_rate(step: int) -> float:
@@ -267,6 +279,9 @@ def main(argv: list[str] | None = None) -> None:
     for iteration in range(done + 1, config.iters + 1):
         torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
         network.train()
+        evaluating = iteration % config.eval_every == 0 or iteration == config.iters
+        saving = evaluating or iteration % config.save_every == 0
+        logging = saving or iteration % config.log_every == 0
         images, masks, index = next(batches)
         images = data.normalize(images.to(device, non_blocking=True))
         masks = masks.to(device, non_blocking=True).long()
@@ -286,11 +301,12 @@ def main(argv: list[str] | None = None) -> None:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
+        optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
+        of_gates = gate_gradients(terms, out.routes, config.gate_space) if logging else {}
         if task_metric:
             task_metric.watch(out.routes)
-        optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -320,11 +336,9 @@ def main(argv: list[str] | None = None) -> None:
             log.clusters(iteration, bank)
 
         # ============ logging, evaluating, saving ============
-        evaluating = iteration % config.eval_every == 0 or iteration == config.iters
-        saving = evaluating or iteration % config.save_every == 0
         improved = False
-        if saving or iteration % config.log_every == 0:
-            log.steps_line(iteration, lr, route_cost(model, out, images.shape[-2:]))
+        if logging:
+            log.steps_line(iteration, lr, route_cost(model, out, images.shape[-2:]) | of_gates)
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
@@ -349,15 +363,23 @@ def main(argv: list[str] | None = None) -> None:
 # ============ what both training loops share: the network ============
 
 
-def make_model(model_args: dict, config, process: Process, saved: dict | None) -> nn.Module:
-    """The model on its device, with the weights of the checkpoint `saved`, of --init, or random ones."""
-    model = build_model(**model_args)
+def make_model(model_args: dict, config, process: Process, saved: dict | None, lr: float) -> nn.Module:
+    """The model on its device, with the weights of the checkpoint `saved`, of --init, or random ones.
+
+    Fills in --lr and --gate-lr, which depend on whether --init starts the gates too; lr: the data set's.
+    """
+    model, rates = build_model(**model_args), dict(lr=lr, gate_lr=1.0)
     if saved is not None:
         model.load_state_dict(saved["weights"])
     elif config.init:
         report = initialize(model, config.init)
+        if not any(".gate." in name for name in report.matched):
+            rates = FROM_WEIGHTS
         if process.rank == 0:
             print(f"{config.init}: {report}")
+    for name, rate in rates.items():
+        if getattr(config, name) is None:
+            setattr(config, name, rate)
     model = model.to(process.device)
     if process.world > 1 and process.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -365,24 +387,42 @@ def make_model(model_args: dict, config, process: Process, saved: dict | None) -
 
 
 def distribute(model: nn.Module, process: Process, compile: bool = False) -> nn.Module:
-    """The network to call in a training step; with several processes it averages gradients over them."""
+    """The network to call in a training step; with several processes it averages gradients over them.
+
+    Gradients are then views of the buckets that travel. They stay from step to step, and start laid out as
+    the weights are: a new gradient of a 1x1 convolution can have other strides, and would be copied.
+    """
     network = model
     if process.world > 1:
         devices = [process.device] if process.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices)
+        known = inspect.signature(DistributedDataParallel).parameters
+        of_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        network = DistributedDataParallel(  # from torch 2.14 on that has the first of these names
+            model, device_ids=devices, gradient_as_bucket_view=True, **{of_buffers: False})
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     return torch.compile(network) if compile else network
 
 
 def make_optimizer(model: nn.Module, config: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum, in one pass over the weights; norm layers have no weight decay."""
-    norm, rest = [], []
+    """SGD with momentum, in one pass over the weights.
+
+    Norm layers have no weight decay; gates have --gate-lr times the learning rate.
+    """
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    in_gates = {id(part) for gate in gates for part in gate.modules()}
+    weights: dict[tuple, list] = {(1.0, config.weight_decay): []}  # by factor of the rate, and weight decay
     for module in model.modules():
+        factor = config.gate_lr if id(module) in in_gates else 1.0
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        (norm if is_norm else rest).extend(parameters)
-    groups = [dict(params=rest, weight_decay=config.weight_decay), dict(params=norm, weight_decay=0.0)]
-    fused = rest[0].device.type in ("cpu", "cuda")
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+        group = weights.setdefault((factor, 0.0 if is_norm else config.weight_decay), [])
+        group.extend(p for p in module.parameters(recurse=False) if p.requires_grad)
+    groups = []
+    for (factor, decay), parameters in weights.items():
+        groups.append(dict(params=parameters, lr=factor * config.lr, weight_decay=decay))
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.SGD(groups, momentum=config.momentum, fused=fused)
 
 
 def warm_up(config: argparse.Namespace, step: int) -> float:
@@ -413,13 +453,20 @@ def mean_over_ranks(values: Tensor, world: int) -> Tensor:
 
 
 def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
-    """Replaces the running statistics of batch norm by plain averages over `batches`, inputs of `network`."""
+    """Replaces the running statistics of batch norm by plain averages over `batches`, inputs of `network`.
+
+    What no image reached has a variance of 0, and would amplify 316-fold the first image that does reach it:
+    it takes the variance 1.
+    """
     update_bn(batches, network)
     if world > 1:  # without SyncBatchNorm, on CPUs, each rank saw its own images
         for name, buffer in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= world
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_var"):
+            buffer.masked_fill_(buffer == 0, 1.0)
 
 
 # ============ what both training loops share: the clusters ============
@@ -433,7 +480,8 @@ def make_bank(model: nn.Module, config, train_set, device: torch.device) -> Acti
     if config.oracle and config.k != subsets:
         raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k as their number")
     place = "cpu" if device.type == "mps" else device  # K-means needs float64
-    return ActivationBank(len(train_set), model.dim, place, config.bank_momentum)
+    age = None if config.activations == "recompute" else config.bank_age
+    return ActivationBank(len(train_set), model.dim, place, config.bank_momentum, age)
 
 
 def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
@@ -452,7 +500,7 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-    bank.seen.zero_()  # --bank-momentum would keep a share of the old values
+    bank.clear()  # --bank-momentum would keep a share of the old values
     for images, index in batches:
         bank.update(index, model.routes(images).activations(gate_space))
     for norm, momentum in zip(norms, momenta):
@@ -462,9 +510,9 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
 class TaskMetric:
     """--metric task: in distances between architectures a gate counts as much as the task depends on it.
 
-    That is the root mean square, over recent images of all ranks, of the gradient of the task loss to the
-    weight of the gate's path. Gates that vary with no more than the look of an image count little. The other
-    loss terms depend on alpha alone, not on these weights.
+    That is the root mean square, over recent images of all ranks, of the gradient of the loss to the weight
+    of the gate's path. Gates that vary with no more than the look of an image count little. The other loss
+    terms do not see these weights, but the gates of later layers do, through the maps, and with them they.
     """
 
     def __init__(self, dim: int, device: torch.device):
@@ -490,6 +538,36 @@ class TaskMetric:
         some = squares > 0  # paths that do not exist have no gradient
         mean = squares[some].mean() if some.any() else squares.new_ones(())
         return (squares / mean).sqrt().clamp(min=0.01).to(self.squares.device)
+
+
+def gate_gradients(terms: dict[str, Tensor], routes: Routes, gate_space: str) -> dict[str, Tensor]:
+    """What the loss terms of a step do to A(x), for the log; to be called before the backward pass.
+
+    A_gradient_task, _cost and _clustering: the norm of the gradient to A(x) of an image's own share of the
+    term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
+    and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
+    hinge_active: the share of images that the clustering loss moves; the others are beyond its margin.
+    """
+    found, opened = {}, routes.alpha > OPEN
+    clustered = routes.logits if gate_space == "logit" else routes.alpha
+    task = sum(term for name, term in terms.items() if name not in ("cost", "clustering"))
+    for name, term, gates in [
+        ("task", task, routes.weights), ("cost", terms.get("cost"), [routes.alpha]),
+        ("clustering", terms.get("clustering"), [clustered]),
+    ]:
+        if term is None or not gates:
+            continue
+        gradients = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
+        if gradients[0] is None:  # a compiled network, which does not show its path weights
+            continue
+        gradient = torch.cat(gradients, 1).float()  # [B, 1 + nodes, 3]
+        if gates[0] is not routes.logits:
+            gradient = gradient * opened
+        norms = len(gradient) * gradient[:, 1:].flatten(1).norm(dim=1)  # the init node is no part of A
+        found[f"A_gradient_{name}"] = norms.mean()
+    if "clustering" in terms:
+        found["hinge_active"] = (norms > 0).float().mean()
+    return found
 
 
 # ============ what both training loops share: the run ============
@@ -518,8 +596,11 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     if config.resume is None:
         words = f"{folder} holds a run already; go on with --resume, or choose another name"
         raise InputError(f"--name {config.name}: {words}")
-    if saved["classes"] != classes or len(saved["bank"]["seen"]) != len(train_set):
+    if saved["classes"] != classes or len(saved["bank"]["values"]) != len(train_set):
         raise InputError(f"--resume: {folder} was started on other data; choose another --name")
+    for name in ("lr", "gate_lr"):  # --init, on which they depend, need not be repeated
+        if getattr(config, name) is None:
+            setattr(config, name, saved["config"][name])
     for key, value in saved["config"].items():
         now = vars(config).get(key)
         if key not in evaluate.FREE and json.dumps(now) != json.dumps(value):
@@ -585,18 +666,18 @@ class Log:
             raise InputError(f"iteration {iteration}: {words}")
         return means
 
-    def steps_line(self, iteration: int, lr: float, cost: Tensor) -> None:
-        """A line about the steps since the last one; cost [2], real and expected, is the last step's.
+    def steps_line(self, iteration: int, lr: float, last_step: dict[str, Tensor]) -> None:
+        """A line about the steps since the last one, with more about the last step.
 
         Raises InputError as `check` does.
         """
         steps = len(self.values["gradient_norm"])
-        self.values |= {"gflops_real": [cost[0]], "gflops_expected": [cost[1]]}
+        self.values |= {name: [value] for name, value in last_step.items()}
         means = {name: float(f"{value:.6g}") for name, value in self.check(iteration).items()}
         speed = steps * self.config.batch / (time.perf_counter() - self.started)
         self.write("train", iteration, **means, lr=lr, images_per_second=speed)
-        shown = {name: f"{value:.3g}" for name, value in (means | {"images/s": speed}).items()}
-        self.bar.set_postfix(shown)
+        shown = {name: value for name, value in means.items() if name not in last_step}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | {"images/s": speed}).items()})
         self.values, self.started = {}, time.perf_counter()
 
     def clusters(self, iteration: int, bank: ActivationBank) -> None:
@@ -604,10 +685,13 @@ class Log:
         if self.process.rank > 0:
             return
         clusters = bank.clusters
-        A = bank.values[bank.seen]
-        inter, intra = inter_intra(A, clusters.nearest(A)[0], clusters.centers, max_samples=500)
+        A = bank.values[bank.recent]
+        labels = clusters.nearest(A)[0]
+        inter, intra = inter_intra(A, labels, clusters.centers, max_samples=500)
         collapse = describe_collapse(clusters.sizes, inter, intra)
-        health = dict(sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2)
+        health = dict(
+            sizes=clusters.sizes, inter=inter, intra=intra, sigma2=clusters.sigma2,
+            intra_to_centre=intra_to_centre(A, labels, clusters.centers))
         self.write("kmeans", iteration, **health, collapse=collapse)
         if collapse:
             self.bar.write(f"iteration {iteration}: {collapse}")
@@ -622,13 +706,14 @@ class Log:
             self.bar.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
 
 
-def route_cost(model: nn.Module, out, size: tuple[int, int]) -> Tensor:
-    """G multiply-adds per image of a batch [2]: what ran, and what alpha expects of cells and paths."""
+def route_cost(model: nn.Module, out, size: tuple[int, int]) -> dict[str, Tensor]:
+    """G multiply-adds per image of a batch: what ran, and what alpha expects of cells and paths."""
     parts = model.real_cost(out.routes, *size, model.counts[0])
     real = sum(parts.values()).double().mean()
     routed = sum(parts[part].double().mean() for part in ("cells", "paths") if part in parts)
-    expected = real - routed + out.cost.detach().cpu().double().mean()
-    return torch.stack([real, expected]).float().to(out.cost.device) / 1e9
+    costs = {"real": real, "expected": real - routed + out.cost.detach().cpu().double().mean()}
+    place = out.cost.device
+    return {f"gflops_{name}": (cost.float() / 1e9).to(place) for name, cost in costs.items()}
 
 
 def finish(folder: Path, config: argparse.Namespace, process: Process, log: Log) -> None:
