@@ -476,25 +476,29 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             wrong = _pack(found, sizes[row[found["image_id"]]])
         if wrong:
             raise DataError(f"{path}: annotation {found['id']} {wrong}")
+        if found.get("area") is None:
+            found["area"] = found["bbox"][2] * found["bbox"][3]
 
-    rows = torch.tensor([row[found["image_id"]] for found in objects], dtype=torch.int64)
-    order = rows.argsort(stable=True)
-    boxes = torch.tensor([found["bbox"] for found in objects], dtype=torch.float64).reshape(-1, 4)
-    areas = [box[2] * box[3] if found.get("area") is None else found["area"]
-             for found, box in zip(objects, boxes.tolist())]
-    ids = torch.tensor([found["id"] for found in objects], dtype=torch.int64)
-    packed = [objects[j]["segmentation"] for j in order.tolist()] if masks else []
-    lengths = torch.tensor([0, *map(len, packed)]) if masks else torch.zeros(len(objects) + 1).long()
+    def column(values, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype)
+
+    rows = column((row[found["image_id"]] for found in objects), torch.int64)
+    order = rows.argsort(stable=True)  # image by image, and within one as in the file
+    objects = [objects[j] for j in order.tolist()]
+    ids = column((found["id"] for found in objects), torch.int64)
+    packed = [found["segmentation"] if masks else b"" for found in objects]
+    outlines = np.frombuffer(b"".join(packed), dtype=np.uint8).copy()
     return CocoFile(
-        classes, list(label), list(row), names, torch.tensor(sizes).reshape(-1, 2),
+        classes, list(label), list(row), names,
+        sizes=column(sizes, torch.int64).reshape(-1, 2),
         first=F.pad(rows.bincount(minlength=len(images)).cumsum(0), (1, 0)),
-        ids=(ids + (ids == 0).any())[order],  # pycocotools takes id 0 for "not matched"
-        labels=torch.tensor([label[found["category_id"]] for found in objects], dtype=torch.int64)[order],
-        boxes=boxes[order], areas=torch.tensor(areas, dtype=torch.float64)[order],
-        crowds=torch.tensor([bool(found.get("iscrowd")) for found in objects], dtype=torch.bool)[order],
-        outlines=torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8) if packed
-        else torch.zeros(0, dtype=torch.uint8),
-        outline=lengths.cumsum(0))
+        ids=ids + (ids == 0).any(),  # pycocotools takes id 0 for "not matched"
+        labels=column((label[found["category_id"]] for found in objects), torch.int64),
+        boxes=column((found["bbox"] for found in objects), torch.float64).reshape(-1, 4),
+        areas=column((found["area"] for found in objects), torch.float64),
+        crowds=column((bool(found.get("iscrowd")) for found in objects), torch.bool),
+        outlines=torch.from_numpy(outlines),
+        outline=column([0, *map(len, packed)], torch.int64).cumsum(0))
 
 
 def _what_is_wrong(found: dict, label: dict, row: dict) -> str | None:

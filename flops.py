@@ -250,6 +250,7 @@ def print_speed(argv: list[str]) -> None:
     if (arguments.amp or arguments.compile) and not arguments.train:
         parser.error("--amp and --compile are of training: give --train too")
     device = start_process(arguments.device).device
+    torch.backends.cudnn.benchmark = arguments.train  # as train_seg.py does
     torch.manual_seed(0)
     sizes = (arguments.layers, arguments.width, arguments.gate)
     model = build_model(arguments.variant, "segmentation", arguments.classes, *sizes).to(device)

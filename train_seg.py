@@ -558,7 +558,7 @@ def gate_gradients(terms: dict[str, Tensor], routes: Routes, gate_space: str) ->
         if term is None or not gates:
             continue
         gradients = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
-        if gradients[0] is None:  # a compiled network, which does not show its path weights
+        if gradients[0] is None:  # a compiled network hides what is between its inputs and outputs
             continue
         gradient = torch.cat(gradients, 1).float()  # [B, 1 + nodes, 3]
         if gates[0] is not routes.logits:
