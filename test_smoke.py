@@ -1124,10 +1124,12 @@ OWN = "coco/annotations/instances_train2017.json"
     (train_det, f"{TINY_DET} --dataset shapes --size 64 --subsets 2 --masks --limit 8"),
     (train_det, f"{TINY_DET} --train-json {OWN} --train-images coco/train2017 --activations recompute "
                 f"--val-json {OWN} --val-images coco/train2017 --gate-space logit --limit 8")])
-def test_one_process_trains_with(script, flags):
+def test_one_process_trains_with(script, flags, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     write_camvid()
     write_both_splits_of_coco()
     succeeds(script.main, flags, "--iters 9 --eval-every 100 --name run")
+    assert torch.backends.cudnn.benchmark == (script is train_seg)  # of crops all are of one size
     network, checkpoint = model.load_checkpoint("runs/run/last.pt")
     bank = checkpoint["bank"]
     assert (bank["seen_at"] > 0).tolist() == [True] * (12 if script is train_seg else 8)
