@@ -417,7 +417,6 @@ class CocoFile(NamedTuple):
     names: list[str]  # [N], under the image folder
     sizes: torch.Tensor  # [N, 2] int64, height and width
     first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
-    ids: torch.Tensor  # [M] int64, not 0
     labels: torch.Tensor  # [M] int64, 1 for the first class
     boxes: torch.Tensor  # [M, 4] float64, x, y, width and height in pixels
     areas: torch.Tensor  # [M] float64
@@ -462,41 +461,44 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         for part, listed in (("categories", categories), ("images", images), ("annotations", objects)):
             if len({record["id"] for record in listed}) < len(listed):
                 raise DataError(f"{path}: several {part} have the same id; give each its own")
+        label = {category["id"]: number for number, category in enumerate(categories, 1)}
+        row = {image["id"]: number for number, image in enumerate(images)}
+        for found in objects:
+            wrong = _what_is_wrong(found, label, row)
+            if masks and not wrong:
+                wrong = _pack(found, sizes[row[found["image_id"]]])
+            if wrong:
+                raise DataError(f"{path}: annotation {found['id']} {wrong}")
+            if found.get("area") is None:
+                found["area"] = found["bbox"][2] * found["bbox"][3]
+            found["area"], found["iscrowd"] = float(found["area"]), int(found.get("iscrowd") or 0)
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         needed = "it needs images with id, file_name, width and height, annotations, and categories"
         words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
         raise DataError(f"{path}: {words}") from error
-    label = {category["id"]: number for number, category in enumerate(categories, 1)}
-    row = {image["id"]: number for number, image in enumerate(images)}
-    for found in objects:
-        wrong = _what_is_wrong(found, label, row)
-        if masks and not wrong:
-            wrong = _pack(found, sizes[row[found["image_id"]]])
-        if wrong:
-            raise DataError(f"{path}: annotation {found['id']} {wrong}")
-        if found.get("area") is None:
-            found["area"] = found["bbox"][2] * found["bbox"][3]
+    flat = [found["id"] for found in objects if min(found["bbox"][2:]) < 1]
+    if flat:
+        which = f"{len(flat)} boxes, the first that of annotation {flat[0]},"
+        words = f"{which} have a side under a pixel and are no objects to learn from"
+        warnings.warn(f"{path}: {words}", stacklevel=5)
 
     def column(values, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype)
 
     rows = column((row[found["image_id"]] for found in objects), torch.int64)
-    order = rows.argsort(stable=True)  # image by image, and within one as in the file
-    objects = [objects[j] for j in order.tolist()]
-    ids = column((found["id"] for found in objects), torch.int64)
+    objects = [objects[j] for j in rows.argsort(stable=True).tolist()]  # image by image
     packed = [found["segmentation"] if masks else b"" for found in objects]
     outlines = np.frombuffer(b"".join(packed), dtype=np.uint8).copy()
     return CocoFile(
         classes, list(label), list(row), names,
         sizes=column(sizes, torch.int64).reshape(-1, 2),
         first=F.pad(rows.bincount(minlength=len(images)).cumsum(0), (1, 0)),
-        ids=ids + (ids == 0).any(),  # pycocotools takes id 0 for "not matched"
         labels=column((label[found["category_id"]] for found in objects), torch.int64),
         boxes=column((found["bbox"] for found in objects), torch.float64).reshape(-1, 4),
         areas=column((found["area"] for found in objects), torch.float64),
-        crowds=column((bool(found.get("iscrowd")) for found in objects), torch.bool),
+        crowds=column((found["iscrowd"] != 0 for found in objects), torch.bool),
         outlines=torch.from_numpy(outlines),
         outline=column([0, *map(len, packed)], torch.int64).cumsum(0))
 
@@ -591,11 +593,6 @@ class CocoImages(Dataset):
             if os.path.normpath(name) not in present:
                 words = f"no such image in {self.root}, but {self.annotations} lists it"
                 raise DataError(f"{os.path.join(self.root, name)}: {words}")
-        without = (~file.has_area()).nonzero().squeeze(1)
-        if len(without):
-            which = f"{len(without)} boxes, the first that of annotation {file.ids[without].min().item()},"
-            words = f"{which} have a side under a pixel and are no objects to learn from"
-            warnings.warn(f"{self.annotations}: {words}", stacklevel=4)
         return file
 
     def __len__(self) -> int:
@@ -604,7 +601,7 @@ class CocoImages(Dataset):
     @property
     def has_truth(self) -> bool:
         """Whether there are annotations; a test split has none."""
-        return len(self.file.ids) > 0
+        return len(self.file.labels) > 0
 
     def image_name(self, index: int) -> str:
         """The image's path under the image folder."""
@@ -636,12 +633,12 @@ class CocoImages(Dataset):
         file, annotations = self.file, []
         images = [dict(id=id, height=h, width=w) for id, (h, w) in zip(file.image_ids, file.sizes.tolist())]
         image_of = torch.arange(len(images)).repeat_interleave(file.first.diff()).tolist()
-        columns = (image_of, file.ids, file.labels, file.boxes, file.areas, file.crowds.int())
-        columns = (column if isinstance(column, list) else column.tolist() for column in columns)
-        for j, (row, id, label, box, area, crowd) in enumerate(zip(*columns)):
-            category = self.category_ids[label - 1]
-            annotation = dict(id=id, image_id=file.image_ids[row], category_id=category, bbox=box)
-            annotation |= dict(area=area, iscrowd=crowd)
+        columns = (file.labels, file.boxes, file.areas, file.crowds.int())
+        columns = (column.tolist() for column in columns)
+        for j, (row, label, box, area, crowd) in enumerate(zip(image_of, *columns)):
+            # Ids of its own: pycocotools takes 0 for "not matched".
+            annotation = dict(id=j + 1, image_id=file.image_ids[row], bbox=box, area=area, iscrowd=crowd)
+            annotation["category_id"] = self.category_ids[label - 1]
             if self.masks:
                 annotation["segmentation"] = file.segmentation(j)
             annotations.append(annotation)

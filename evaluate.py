@@ -1457,12 +1457,12 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
                 show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
         else:
             runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
+            if dist.is_initialized():  # the first process does the rest alone
+                dist.destroy_process_group()
             if process.rank == 0 and arguments.table:
                 print_tables(arguments, runs)
             if process.rank == 0 and arguments.figures:
                 draw_figures(arguments, runs, process)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -412,7 +412,10 @@ def _count_targets(layer) -> int:
 
 
 def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
-    """[B, n] -> [B, n_next]: a reached node delivers along keep and, if not closed, along up and down."""
+    """[B, n] -> [B, n_next]: a reached node delivers along keep and, if not closed, along up and down.
+
+    After the last layer, which only keeps, nothing is asked of it.
+    """
     more = _count_targets(layer) - len(layer)
     delivers = reached & ~closed
     keep = F.pad(reached, (0, more))

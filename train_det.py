@@ -176,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
-        of_gates = gate_gradients(terms, out.routes, config.gate_space) if logging else {}
+        of_gates = {}
+        if logging:
+            of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
         if task_metric:
             task_metric.watch(out.routes)
         sum(terms.values()).backward()

@@ -40,7 +40,7 @@ from model import (
     VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, make_folder, number,
     one_line_errors, read_file, save_checkpoint, start_process, variants_of,
 )
-from routing import OPEN, Gate, Routes
+from routing import OPEN, Gate, RoutedBackbone, Routes
 
 # ============ settings ============
 
@@ -203,6 +203,8 @@ def settle(config: argparse.Namespace, process: Process) -> None:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.metric == "task" and (config.gate_space == "logit" or config.compile):
         raise InputError("--metric task: does not go with --gate-space logit, nor with --compile")
+    if config.k and config.activations == "bank" and config.bank_age * config.batch < config.k:
+        raise InputError(f"--bank-age {config.bank_age}: so few iterations never see --k {config.k} images")
     if config.compile and process.world > 1:
         words = "is for one process; shared batch norm would cut the compiled network at each of its layers"
         raise InputError(f"--compile: {words}")
@@ -302,7 +304,9 @@ def main(argv: list[str] | None = None) -> None:
             terms["clustering"] = config.lambda2 * clustering_loss(
                 clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
-        of_gates = gate_gradients(terms, out.routes, config.gate_space) if logging else {}
+        of_gates = {}
+        if logging:
+            of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
         if task_metric:
             task_metric.watch(out.routes)
         sum(terms.values()).backward()
@@ -455,15 +459,28 @@ def mean_over_ranks(values: Tensor, world: int) -> Tensor:
 def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
     """Replaces the running statistics of batch norm by plain averages over `batches`, inputs of `network`.
 
-    What no image reached has a variance of 0, and would amplify 316-fold the first image that does reach it:
-    it takes the variance 1.
+    A node that no image reached saw zeros alone, and would amplify the first image that does reach it: its
+    statistics become those of a new one, mean 0 and variance 1, as does any other variance of 0.
     """
+    reached = []  # per batch: bool [1 + nodes]
+    routed = isinstance(getattr(network, "backbone", None), RoutedBackbone)
+    if routed:  # a routed network's output ends in the routes
+        hook = network.register_forward_hook(lambda module, inputs, out: reached.append(out[-1].reached))
     update_bn(batches, network)
     if world > 1:  # without SyncBatchNorm, on CPUs, each rank saw its own images
         for name, buffer in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= world
+    if routed:
+        hook.remove()
+        images = torch.cat(reached).sum(0)  # [1 + nodes]
+        if world > 1:
+            dist.all_reduce(images)
+        for node, count in zip(network.backbone.all_nodes(), images.tolist()):
+            for part in node.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm) and not count:
+                    part.reset_running_stats()
     for name, buffer in network.named_buffers():
         if name.endswith("running_var"):
             buffer.masked_fill_(buffer == 0, 1.0)
@@ -540,13 +557,16 @@ class TaskMetric:
         return (squares / mean).sqrt().clamp(min=0.01).to(self.squares.device)
 
 
-def gate_gradients(terms: dict[str, Tensor], routes: Routes, gate_space: str) -> dict[str, Tensor]:
+def gate_gradients(
+    terms: dict[str, Tensor], routes: Routes, gate_space: str, compiled: bool
+) -> dict[str, Tensor]:
     """What the loss terms of a step do to A(x), for the log; to be called before the backward pass.
 
     A_gradient_task, _cost and _clustering: the norm of the gradient to A(x) of an image's own share of the
     term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
     and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
     hinge_active: the share of images that the clustering loss moves; the others are beyond its margin.
+    A compiled network, which goes backward once, leaves the task and the cost out.
     """
     found, opened = {}, routes.alpha > OPEN
     clustered = routes.logits if gate_space == "logit" else routes.alpha
@@ -555,11 +575,9 @@ def gate_gradients(terms: dict[str, Tensor], routes: Routes, gate_space: str) ->
         ("task", task, routes.weights), ("cost", terms.get("cost"), [routes.alpha]),
         ("clustering", terms.get("clustering"), [clustered]),
     ]:
-        if term is None or not gates:
+        if term is None or not gates or compiled and name != "clustering":
             continue
-        gradients = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
-        if gradients[0] is None:  # a compiled network hides what is between its inputs and outputs
-            continue
+        gradients = torch.autograd.grad(term, gates, retain_graph=True)
         gradient = torch.cat(gradients, 1).float()  # [B, 1 + nodes, 3]
         if gates[0] is not routes.logits:
             gradient = gradient * opened
@@ -581,8 +599,8 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     path, saved = folder / "last.pt", None
     if path.exists():
         saved = read_file(path, "a checkpoint of this run; put best.pt in its place, or remove both")
-        if "log_bytes" not in saved:
-            raise InputError(f"{path}: not a checkpoint that a run can go on from")
+        if "log_bytes" not in saved or "seen_at" not in saved["bank"]:
+            raise InputError(f"{path}: not a checkpoint that a run of this version can go on from")
     if process.world > 1:
         at = torch.tensor(saved["iteration"] if saved else 0, device=process.device)
         first = at.clone()
