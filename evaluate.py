@@ -1296,14 +1296,14 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     for term in dict.fromkeys(key for event in events for key in event if key.startswith("loss_")):
         line("terms of the loss", term[5:].replace("_", " "), term)
     for term in ("task", "cost", "clustering"):
-        line("gradient of a term to A(x)", term, f"A_gradient_{term}")
-    line("images inside the margin, %", "hinge active", "hinge_active", scale=100)
+        line("gradient to A(x)", term, f"A_gradient_{term}")
+    line("inside the margin, %", "hinge active", "hinge_active", scale=100)
     line("GFLOPs per image", "real", "gflops_real")
     line("GFLOPs per image", "expected", "gflops_expected")
-    line("distances in A", "inter, between centres", "inter")
-    line("distances in A", "intra, pairs in a cluster", "intra")
-    line("distances in A", "intra, to the centre", "intra_to_centre")
-    line("σ²", "σ², spread about the centres", "sigma2")
+    line("distances in A", "inter", "inter")
+    line("distances in A", "intra, pairs", "intra")
+    line("distances in A", "to centre", "intra_to_centre")
+    line("σ²", "spread about the centres", "sigma2")
     for k in range(len(updates[0]["sizes"]) if updates else 0):
         line("images per cluster", f"expert {k}", "sizes", k)
     line("evaluation, %", "mIoU", "miou", scale=100)
