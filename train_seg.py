@@ -528,8 +528,8 @@ class TaskMetric:
     """--metric task: in distances between architectures a gate counts as much as the task depends on it.
 
     That is the root mean square, over recent images of all ranks, of the gradient of the loss to the weight
-    of the gate's path. Gates that vary with no more than the look of an image count little. The other loss
-    terms do not see these weights, but the gates of later layers do, through the maps, and with them they.
+    of the gate's path. Gates that vary with no more than the look of an image count little. Cost and
+    clustering loss have a part in it too: they reach these weights through the gates of later layers.
     """
 
     def __init__(self, dim: int, device: torch.device):
