@@ -415,6 +415,7 @@ class CocoFile(NamedTuple):
     category_ids: list[int]
     image_ids: list[int]
     names: list[str]  # [N], under the image folder
+    flat: list  # ids of the annotations whose box has a side under a pixel
     sizes: torch.Tensor  # [N, 2] int64, height and width
     first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
     labels: torch.Tensor  # [M] int64, 1 for the first class
@@ -478,11 +479,6 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         needed = "it needs images with id, file_name, width and height, annotations, and categories"
         words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
         raise DataError(f"{path}: {words}") from error
-    flat = [found["id"] for found in objects if min(found["bbox"][2:]) < 1]
-    if flat:
-        which = f"{len(flat)} boxes, the first that of annotation {flat[0]},"
-        words = f"{which} have a side under a pixel and are no objects to learn from"
-        warnings.warn(f"{path}: {words}", stacklevel=5)
 
     def column(values, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype)
@@ -493,6 +489,7 @@ def read_coco(path: str, masks: bool) -> CocoFile:
     outlines = np.frombuffer(b"".join(packed), dtype=np.uint8).copy()
     return CocoFile(
         classes, list(label), list(row), names,
+        flat=[found["id"] for found in objects if min(found["bbox"][2:]) < 1],
         sizes=column(sizes, torch.int64).reshape(-1, 2),
         first=F.pad(rows.bincount(minlength=len(images)).cumsum(0), (1, 0)),
         labels=column((label[found["category_id"]] for found in objects), torch.int64),
@@ -593,6 +590,10 @@ class CocoImages(Dataset):
             if os.path.normpath(name) not in present:
                 words = f"no such image in {self.root}, but {self.annotations} lists it"
                 raise DataError(f"{os.path.join(self.root, name)}: {words}")
+        if file.flat:
+            which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
+            words = f"{which} have a side under a pixel and are no objects to learn from"
+            warnings.warn(f"{self.annotations}: {words}", stacklevel=5)
         return file
 
     def __len__(self) -> int:

@@ -1610,6 +1610,7 @@ def test_coco_items_are_what_the_file_says_and_are_flipped_with_their_boxes():
     assert 3 < flipped < 17
 
 
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_objects_of_a_coco_file_take_little_and_segmentations_nothing_without_masks():
     contents, file = write_coco(), "coco/annotations/instances_train2017.json"
     more = [contents["annotations"][0] | dict(id=1000 + i) for i in range(2000)]
@@ -1902,6 +1903,7 @@ def test_miou_equals_cityscapesscripts_on_the_written_predictions():
         assert (ours is None and math.isnan(theirs)) or ours / 100 == pytest.approx(theirs, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_one_process_evaluates_as_two_do(trained):
     os.chdir(trained)
     out = succeeds(evaluate.main, "runs/seg/last.pt", QUIET)
