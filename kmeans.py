@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 2048  # rows worked on at a time where a copy of all would not fit a cache
-RESTART_GAIN = 0.9  # a restart replaces the last centres where it leaves at most this share of their inertia
 INTER_FLOOR = 1e-3  # centres closer than this are one architecture: A lies in [0, 1] per gate
 
 
@@ -257,8 +256,7 @@ class ActivationBank:
 
         An older sample is of the cluster whose centre is nearest to its last value.
 
-        restarts: further K-means++ starts. One replaces what the last centres lead to only where its inertia
-            is less by a tenth: else what has no clear clusters would be divided anew at every update.
+        restarts: further K-means++ starts; the result with the least inertia is kept.
         metric: [D] above 0, see `Clusters`. Raises ValueError while fewer than k samples are recent.
         """
         recent = self.recent
@@ -278,8 +276,6 @@ class ActivationBank:
             for j in range(1, restarts + 1):
                 results.append(kmeans(A, k, None, max_iter, seed + j))
             best = min(results, key=lambda result: result[2])
-            if start is not None and best[2] > RESTART_GAIN * results[0][2]:
-                best = results[0]
             older = (self.seen & ~recent).nonzero().squeeze(1)
             labels[older] = assign(self.values[older] * scale, best[0])[0]
             centers, labels[index], inertia[0] = best[0] / scale, best[1], best[2]
