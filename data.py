@@ -35,6 +35,7 @@ import math
 import os
 import pickle
 import warnings
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -470,9 +471,6 @@ def read_coco(path: str, masks: bool) -> CocoFile:
                 wrong = _pack(found, sizes[row[found["image_id"]]])
             if wrong:
                 raise DataError(f"{path}: annotation {found['id']} {wrong}")
-            if found.get("area") is None:
-                found["area"] = found["bbox"][2] * found["bbox"][3]
-            found["area"], found["iscrowd"] = float(found["area"]), int(found.get("iscrowd") or 0)
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -501,15 +499,22 @@ def read_coco(path: str, masks: bool) -> CocoFile:
 
 
 def _what_is_wrong(found: dict, label: dict, row: dict) -> str | None:
-    """With an annotation, in words; `label` and `row` are by the ids of categories and images."""
+    """With an annotation, in words; `label` and `row` are by the ids of categories and images. Fills in what
+    other tools leave out."""
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
     if category not in label:
-        return f"is of category {category}, which is not among its categories"
+        return f"is of category {category!r}, which is not among its categories"
     numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
     if not numbers or len(box) != 4:
         return f"has the box {box}; needed are x, y, width and height"
     if image not in row:
-        return f"is of image {image}, which it does not list"
+        return f"is of image {image!r}, which it does not list"
+    if found.get("area") is None:
+        found["area"] = box[2] * box[3]
+    try:
+        found["area"], found["iscrowd"] = float(found["area"]), int(found.get("iscrowd") or 0)
+    except (TypeError, ValueError):
+        return "has an area or iscrowd that is no number"
     return None
 
 
@@ -529,7 +534,11 @@ def _pack(found: dict, size: tuple[int, int]) -> str | None:
 def _are_polygons(segmentation) -> bool:
     """A list of polygons x1 y1 x2 y2 ... of three corners or more."""
     polygons = segmentation if isinstance(segmentation, list) else []
-    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+    try:
+        lengths = [len(array("d", polygon)) for polygon in polygons]  # raises unless all are numbers
+    except TypeError:
+        return False
+    return bool(lengths) and all(length >= 6 and length % 2 == 0 for length in lengths)
 
 
 def on_first_rank(work):

@@ -729,7 +729,7 @@ SWEPT = ("k", "margin", "lambda2", "kmeans_every")  # each has a column in the f
 # the method's name tells.
 FREE = {
     "out", "name", "resume", "data", "workers", "device", "compile", "log_every", "eval_every", "save_every",
-    "eval_batch", "init", "train_json", "train_images", "val_json", "val_images",
+    "eval_batch", "train_json", "train_images", "val_json", "val_images",
 }
 SAME_SETTING = FREE | {"seed"}
 OF_VARIANT = {"lambda1", "budget", "lambda2"}
@@ -1318,7 +1318,7 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
     ticks = [event["iteration"] for event in updates]
     for ax, (title, lines) in zip(axes.flat, panels.items()):
         for j, (label, points) in enumerate(lines.items()):
-            curve(ax, j, *zip(*points), label, marks=title == "evaluation, %")
+            curve(ax, j, *zip(*points), label, marks=title == "evaluation, %" or len(points) == 1)
         along_x = ax.get_xaxis_transform()
         ax.plot(ticks, [0.012] * len(ticks), "|", color="0.45", ms=4, mew=0.6, transform=along_x)
         ax.set(ylabel=title, xlabel="iteration")
@@ -1326,7 +1326,7 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
         ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, columnspacing=0.8)
     axes.flat[0].set_yscale("symlog", linthresh=1e-3, linscale=0.3)
     note = "; ticks at the bottom: K-means updates" if updates else ""
-    figure.suptitle(f"{run.name}{note}", fontsize=8, x=0.01, ha="left")
+    figure.suptitle(with_gate(run.name, run.gate) + note, fontsize=8, x=0.01, ha="left")
     return figure
 
 

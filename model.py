@@ -637,7 +637,8 @@ def load_matching(model: nn.Module, found: dict[str, Tensor]) -> Initialized:
 def initialize(model: nn.Module, path: Path | str) -> Initialized:
     """Starts a model from the weights of a file.
 
-    A routed model takes a checkpoint of ours, for either task, or one of Dynamic Routing's authors. Gates and
+    A routed model takes a checkpoint of ours, for either task, or its weights alone, or a checkpoint of
+    Dynamic Routing's authors. Gates and
     head may be missing in it, as in the authors' ImageNet backbones "Fix". `r50-fpn` takes torchvision's
     ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101. Raises InputError where the file
     cannot be read or does not fit.
@@ -651,7 +652,7 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
             raise InputError(f"--init {path}: not {wanted}: no {report.missing[0]}")
         return report
     contents = read_file(path, ANY_CHECKPOINT)
-    weights = published_weights(contents) or contents.get("weights")
+    weights = published_weights(contents) or contents.get("weights", contents)
     weights = weights if isinstance(weights, dict) else {}
     prefix = "rcnn.backbone." if isinstance(model, Detector) else ""  # of the same backbone's names
     found = {}

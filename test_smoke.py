@@ -1630,7 +1630,10 @@ def test_bad_coco_files_are_named_in_one_line():
         ("categories", [dict(id=9, name="x")], "categories"), ("annotations", [], "object"),
         ("annotations", [box | dict(bbox=[1, 2, 3])], "annotation 1"),
         ("annotations", [box | dict(bbox=[1, 2, float("nan"), 4])], "annotation 1"),
-        ("annotations", [box, box], "same id"), ("annotations", [box | dict(area="large")], "large"),
+        ("annotations", [box, box], "same id"), ("annotations", [box | dict(area="large")], "annotation 1"),
+        ("annotations", [box | dict(iscrowd="no")], "annotation 1"),
+        ("annotations", [box | dict(image_id="100")], "'100'"),
+        ("annotations", [box | dict(segmentation=[["a"] * 6])], "--masks"),
         ("annotations", [box | dict(category_id=[3])], "bad.json"),
         ("annotations", [box | dict(image_id=5)], "not list"),
         ("annotations", [box | dict(segmentation=[[1, 2, 3, 4]])], "--masks"),
@@ -1798,6 +1801,8 @@ def test_a_network_starts_from_whatever_fits():
         assert ".gate." in name or name.startswith("head.")
         assert torch.equal(network.state_dict()[name], before[name])
     assert f"{len(report.matched)} tensors matched, {len(report.missing)} missing (" in str(report)
+    torch.save(network.state_dict(), file)  # weights alone
+    assert not model.initialize(network, file).missing
     published_file(file, classes=19)  # the head's classifier differs, all else fits
     report = model.initialize(network, file)
     assert report.missing == report.left_over == ["head.predictor.weight", "head.predictor.bias"]
@@ -2138,7 +2143,13 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another():
         ("--resume --jitter", ["--jitter", "leave it out"]),
     ):
         refuses(lambda: run(train_seg.main, command, flags), *words)
+    refuses(lambda: run(train_seg.main, command, "--resume --init x.pt"), "--init x.pt", "leave it out")
     before = Path("runs/run/last.pt").read_bytes()
+    started = f"{command}-2 --init runs/run/last.pt"
+    succeeds(train_seg.main, started)
+    succeeds(train_seg.main, started.split(" --init")[0], "--resume")
+    config = read_json("runs/run-2/config.json")
+    assert (config["init"], config["lr"], config["gate_lr"]) == ("runs/run/last.pt", 0.05, 1.0)
     succeeds(train_seg.main, command, "--resume --log-every 2 --eval-every 1")  # nothing left to do
     Path("camvid/train/00.png").unlink()
     Path("camvid/trainannot/00.png").unlink()

@@ -246,7 +246,8 @@ def check_annotations(config: argparse.Namespace, train_set, val_set) -> None:
         where = config.val_json or config.data
         raise InputError(f"{where}: no annotations to evaluate on; give some with --val-json")
     if (train_set.classes, train_set.category_ids) != (val_set.classes, val_set.category_ids):
-        raise InputError(f"--val-json {config.val_json}: its categories are not those that are trained")
+        files = config.train_json or config.data, config.val_json or config.data
+        raise InputError("{}: its categories are not those of {}; give both the same".format(*files))
 
 
 def to_device(images: list[Tensor], targets: list[dict], device: torch.device):

@@ -565,8 +565,9 @@ def gate_gradients(
     A_gradient_task, _cost and _clustering: the norm of the gradient to A(x) of an image's own share of the
     term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
     and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
-    hinge_active: the share of images that the clustering loss moves; the others are beyond its margin.
-    A compiled network, which goes backward once, leaves the task and the cost out.
+    hinge_active: the share of images that the clustering loss moves; the others are beyond its margin, or,
+    with --own bank in the first epoch, in no cluster yet. A compiled network, which goes backward once,
+    leaves the task and the cost out.
     """
     found, opened = {}, routes.alpha > OPEN
     clustered = routes.logits if gate_space == "logit" else routes.alpha
@@ -616,7 +617,7 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
         raise InputError(f"--name {config.name}: {words}")
     if saved["classes"] != classes or len(saved["bank"]["values"]) != len(train_set):
         raise InputError(f"--resume: {folder} was started on other data; choose another --name")
-    for name in ("lr", "gate_lr"):  # --init, on which they depend, need not be repeated
+    for name in ("init", "lr", "gate_lr"):  # these need not be repeated
         if getattr(config, name) is None:
             setattr(config, name, saved["config"][name])
     for key, value in saved["config"].items():
