@@ -466,7 +466,7 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         label = {category["id"]: number for number, category in enumerate(categories, 1)}
         row = {image["id"]: number for number, image in enumerate(images)}
         for found in objects:
-            wrong = _what_is_wrong(found, label, row)
+            wrong = _complete(found, label, row)
             if masks and not wrong:
                 wrong = _pack(found, sizes[row[found["image_id"]]])
             if wrong:
@@ -498,9 +498,11 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         outline=column([0, *map(len, packed)], torch.int64).cumsum(0))
 
 
-def _what_is_wrong(found: dict, label: dict, row: dict) -> str | None:
-    """With an annotation, in words; `label` and `row` are by the ids of categories and images. Fills in what
-    other tools leave out."""
+def _complete(found: dict, label: dict, row: dict) -> str | None:
+    """Fills in what other tools leave out of an annotation; says in words what is wrong with it.
+
+    label, row: of the categories and of the images, by their ids.
+    """
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
     if category not in label:
         return f"is of category {category!r}, which is not among its categories"

@@ -1451,18 +1451,21 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
         if not path.is_file():
             read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
-        if arguments.image:
-            if process.rank == 0:
-                model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)
-                show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
-        else:
+        runs = []
+        if not arguments.image:
             runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
-            if dist.is_initialized():  # the first process does the rest alone
-                dist.destroy_process_group()
-            if process.rank == 0 and arguments.table:
-                print_tables(arguments, runs)
-            if process.rank == 0 and arguments.figures:
-                draw_figures(arguments, runs, process)
+        if dist.is_initialized():  # the first process does the rest alone
+            dist.destroy_process_group()
+        if process.rank > 0:
+            return
+        if arguments.image:
+            model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)
+            show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
+            return
+        if arguments.table:
+            print_tables(arguments, runs)
+        if arguments.figures:
+            draw_figures(arguments, runs, process)
 
 
 if __name__ == "__main__":

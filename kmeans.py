@@ -244,7 +244,7 @@ class ActivationBank:
         index = _gather(index.to(device, non_blocking=True))
         A = _gather(A.detach().float().to(device))
         if self.momentum:
-            A = torch.lerp(A, self.values[index], self.momentum * self.seen[index, None])
+            A = torch.lerp(A, self.values[index], self.momentum * (self.seen_at[index, None] > 0))
         self.values[index] = A
         self.updates += 1
         self.seen_at.index_fill_(0, index, self.updates)  # [index] = would wait for the device

@@ -638,10 +638,9 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
     """Starts a model from the weights of a file.
 
     A routed model takes a checkpoint of ours, for either task, or its weights alone, or a checkpoint of
-    Dynamic Routing's authors. Gates and
-    head may be missing in it, as in the authors' ImageNet backbones "Fix". `r50-fpn` takes torchvision's
-    ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101. Raises InputError where the file
-    cannot be read or does not fit.
+    Dynamic Routing's authors. Gates and head may be missing in it, as in the authors' ImageNet backbones
+    "Fix". `r50-fpn` takes torchvision's ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101.
+    Raises InputError where the file cannot be read or does not fit.
     """
     if not model.dim:
         detector = isinstance(model, Detector)

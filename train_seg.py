@@ -196,9 +196,9 @@ def settle(config: argparse.Namespace, process: Process) -> None:
     alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
-    for name in ("lambda1", "lambda2", "k", "metric", "oracle"):
+    for name in ("lambda1", "lambda2", "k", "metric", "oracle", "gate_lr"):
         if static and getattr(config, name) not in (None, 0, "plain"):
-            raise InputError(f"--{name}: does not apply to {variant}, which has no gates")
+            raise InputError(f"--{name.replace('_', '-')}: does not apply to {variant}, which has no gates")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.metric == "task" and (config.gate_space == "logit" or config.compile):
@@ -474,10 +474,10 @@ def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
                 buffer /= world
     if routed:
         hook.remove()
-        images = torch.cat(reached).sum(0)  # [1 + nodes]
+        counts = torch.cat(reached).sum(0)  # [1 + nodes], images
         if world > 1:
-            dist.all_reduce(images)
-        for node, count in zip(network.backbone.all_nodes(), images.tolist()):
+            dist.all_reduce(counts)
+        for node, count in zip(network.backbone.all_nodes(), counts.tolist()):
             for part in node.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm) and not count:
                     part.reset_running_stats()
@@ -584,8 +584,8 @@ def gate_gradients(
             gradient = gradient * opened
         norms = len(gradient) * gradient[:, 1:].flatten(1).norm(dim=1)  # the init node is no part of A
         found[f"A_gradient_{name}"] = norms.mean()
-    if "clustering" in terms:
-        found["hinge_active"] = (norms > 0).float().mean()
+        if name == "clustering":
+            found["hinge_active"] = (norms > 0).float().mean()
     return found
 
 
