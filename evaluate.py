@@ -16,9 +16,10 @@
     torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt
 
 The checkpoint knows its network, data set and classes; flags override what can differ. What is written beside
-it names checkpoint and split where these are not last.pt and val: metrics-test.json, experts-best.png. What a
-split gave is kept in NAME.SPLIT.activations: tables and figures take it from there. The first command, one
-checkpoint and no figures, always computes anew.
+it, or in --out, names checkpoint and split where these are not last.pt and val: metrics-test.json,
+experts-best.png. What a split gave is kept in NAME.SPLIT.activations: tables and figures take it from there.
+The first command, one checkpoint and no figures, always computes anew. Results are printed before anything is
+written; what cannot be written is named, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ from model import (
 )
 from routing import OPEN, fuse
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +71,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=datasets, help="data set; its classes must be the checkpoint's")
     add("--data", metavar="DIR", help="its folder")
     add("--json", metavar="FILE", help="detection: annotations in COCO's format, in place of the split's")
-    add("--images", metavar="DIR", help="detection: the folder of their images")
+    add("--images", metavar="DIR", help="their images; in segmentation of a folder, with --labels")
+    add("--labels", metavar="DIR", help="segmentation: label PNGs of --images")
     add("--limit", type=number(int, 1), help="detection: take the first so many images alone")
     add("--split", default="val", choices=data.SPLITS, help="which part of the data set")
 
@@ -80,7 +81,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--published", action="store_true", help="put the papers' rows in the table and in the trade-off")
     add("--format", choices=["text", "markdown", "latex"], help="print the table, in this format")
     add("--image", type=Path, help="show this picture, or those in this folder, and do nothing else")
-    add("--out", type=Path, metavar="DIR", help="where --image writes; by default overlays/")
+    add("--out", type=Path, metavar="DIR",
+        help="write here in place of beside the checkpoint; of several, in a folder for each")
     add("--predictions", type=Path, metavar="DIR", help="segmentation: also write label PNGs")
     add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: what is drawn scores as much")
 
@@ -93,6 +95,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = len(arguments.checkpoint) > 1
     if several and (arguments.image or arguments.predictions):
         parser.error("--image and --predictions take one checkpoint")
+    if bool(arguments.labels) > bool(arguments.images):
+        parser.error("--labels: goes with --images, the folder of the pictures")
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
 
@@ -238,19 +242,23 @@ def average_precision(dataset, detections: list[dict], kind: str) -> tuple[dict[
     names = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"]
     names += ["AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large"]
     table = io.StringIO()
+    row_of = dict(zip(dataset.image_ids, dataset.rows))
+    label_of = {category: label for label, category in enumerate(dataset.category_ids, 1)}
+    renumbered = []
+    for found in detections:
+        # With boxes beside the masks it would take the boxes' areas for the sizes.
+        found = {key: value for key, value in found.items() if key != "bbox" or kind == "bbox"}
+        found["image_id"], found["category_id"] = row_of[found["image_id"]], label_of[found["category_id"]]
+        renumbered.append(found)
     with contextlib.redirect_stdout(io.StringIO()):
-        if detections:
-            detections = copy.deepcopy(detections)  # it writes into what it is given
-            if kind == "segm":  # with boxes beside the masks it would take the boxes' areas for the sizes
-                for found in detections:
-                    del found["bbox"]
-            results = dataset.coco.loadRes(detections)
+        if renumbered:
+            results = dataset.coco.loadRes(renumbered)
         else:
             results = COCO()
             results.dataset = dataset.coco.dataset | {"annotations": []}
             results.createIndex()
         evaluator = COCOeval(dataset.coco, results, kind)
-        evaluator.params.imgIds = dataset.image_ids
+        evaluator.params.imgIds = dataset.rows
         evaluator.evaluate()
         evaluator.accumulate()
     with contextlib.redirect_stdout(table):
@@ -271,7 +279,7 @@ def open_checkpoint(arguments: argparse.Namespace, path: Path, process: Process)
     if not needed <= checkpoint.keys() or "clusters" not in checkpoint["bank"]:
         wanted = "give a file of this version's train_seg.py or train_det.py"
         raise InputError(f"{path}: no whole checkpoint; {wanted}")
-    for flag in ("predictions",) if checkpoint["task"] == "detection" else ("json", "images", "limit"):
+    for flag in ("predictions", "labels") if checkpoint["task"] == "detection" else ("json", "limit"):
         if getattr(arguments, flag):
             raise InputError(f"--{flag}: does not apply to {path}, a checkpoint for {checkpoint['task']}")
     clusters = checkpoint["bank"]["clusters"]
@@ -298,10 +306,17 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict):
     same = name == checkpoint["dataset"]
     root = arguments.data or (checkpoint["data"] if same else None)
     options = dict(checkpoint["data_options"]) if same else {}
+    trained_on = checkpoint.get("files", {}) if same and not arguments.data else {}
+    trained_on = trained_on.get(arguments.split, {})
     if checkpoint["task"] == "segmentation":
-        dataset = data.segmentation_dataset(name, root, arguments.split, train=False, **options)
+        info = checkpoint.get("info") if same else None
+        info = info and data.DatasetInfo(**info)
+        files = {"images": arguments.images, "labels": arguments.labels} if arguments.images else trained_on
+        if arguments.images and not arguments.labels:
+            raise InputError(f"--images {arguments.images}: needs --labels, the folder of their label PNGs")
+        dataset = data.segmentation_dataset(
+            name, root, arguments.split, train=False, info=info, **files, **options)
     else:
-        trained_on = checkpoint["files"].get(arguments.split, {}) if same and not arguments.data else {}
         options["annotations"] = arguments.json or trained_on.get("annotations")
         options["images"] = arguments.images or trained_on.get("images")
         if arguments.limit or arguments.json or arguments.data:
@@ -329,38 +344,70 @@ class SplitResult:
     table: str  # the same, as text
 
 
-def measure(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
-    """What `dataset` gives: kept beside the checkpoint, or computed and then kept there.
+def measure(arguments, model, checkpoint: dict, dataset, process: Process):
+    """What `dataset` gives, and the files to write of it, by name the function that `keep` takes.
 
-    What is kept counts for the same files, unchanged, and the same flags; only one process alone takes it.
+    It is computed, or was kept and counts for the same files, unchanged, and the same flags; only one process
+    alone takes what was kept.
     """
-    path = checkpoint["path"].with_name(f"{checkpoint['path'].stem}.{arguments.split}.activations")
-    names = ("variant", "dataset", "data", "json", "images", "limit", "eval_batch")
+    kept_in = f"{checkpoint['path'].stem}.{arguments.split}.activations"
+    names = ("variant", "dataset", "data", "json", "images", "labels", "limit", "eval_batch")
     origin = {name: getattr(arguments, name) for name in names}
     for file in filter(None, [checkpoint["path"], arguments.json]):
         origin[str(file)] = os.stat(file).st_size, os.stat(file).st_mtime_ns
     origin = json.dumps(origin)
     wanted = (arguments.table or arguments.figures) and not arguments.predictions
-    if wanted and process.world == 1 and path.exists():
-        kept = read_file(path, "kept activations; remove it")
-        if kept.get("origin") == origin:
-            return SplitResult(**kept["result"])
+    for folder in (arguments.folders[checkpoint["path"]], checkpoint["path"].parent):
+        if wanted and process.world == 1 and (folder / kept_in).is_file():
+            kept = read_file(folder / kept_in, "kept activations; remove it")
+            if kept.get("origin") == origin:
+                return SplitResult(**kept["result"]), {}
     score = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
-    result = score(arguments, model, checkpoint, dataset, process)
-    if process.rank == 0:
-        write_file(path, lambda file: torch.save({"origin": origin, "result": vars(result)}, file))
-    return result
+    result, files = score(arguments, model, checkpoint, dataset, process)
+    contents = {"origin": origin, "result": vars(result)}
+    return result, files | {kept_in: lambda file: torch.save(contents, file)}
 
 
-def beside(checkpoint: Path, split: str, name: str) -> Path:
-    """A file beside the checkpoint, which tells both where they are not last.pt and val."""
+def told_apart(name: str, checkpoint: Path, split: str) -> str:
+    """The name of a file, with checkpoint and split in it where these are not last.pt and val."""
     stem, ending = name.split(".")
     told = [part for part in (checkpoint.stem, split) if part not in ("last", "val")]
-    return checkpoint.with_name("-".join([stem, *told]) + "." + ending)
+    return "-".join([stem, *told]) + "." + ending
 
 
-def write_json(path: Path, content, indent: int | None = None) -> None:
-    write_file(path, lambda file: file.write((json.dumps(content, indent=indent) + "\n").encode()))
+UNWRITTEN: list[Path] = []  # by this command
+
+
+def keep(path: Path, write) -> bool:
+    """Writes a file as `write_file` does, and where it cannot says so: what was computed is worth more."""
+    try:
+        write_file(path, write)
+        return True
+    except InputError as error:
+        print(error, file=sys.stderr)
+        UNWRITTEN.append(path)
+        return False
+
+
+def as_json(content, indent: int | None = None) -> str:
+    """json, in which what is not finite is null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(plain(content), indent=indent)
+
+
+def write_json(content, indent: int | None = None):
+    """A function for `keep`."""
+    return lambda file: file.write((as_json(content, indent) + "\n").encode())
 
 
 def gate_space(checkpoint: dict) -> str:
@@ -372,9 +419,10 @@ def as_alpha(A: Tensor, checkpoint: dict) -> Tensor:
     return F.relu(torch.tanh(A)) if gate_space(checkpoint) == "logit" else A
 
 
-def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
+def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Process):
+    """-> the result, and the files to be written: none."""
     classes, split = checkpoint["classes"], arguments.split
-    batch = arguments.eval_batch or dataset.info.eval_batch
+    batch = arguments.eval_batch or dataset.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
     result = evaluate_segmentation(model, loader, len(classes), process, gate_space(checkpoint), save)
@@ -387,11 +435,11 @@ def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Pro
     mean = "no labels" if miou is None else f"{miou:.2f}"
     lines.append(f"{'mean':{width}}{mean:>12}   over {len(result.A)} images")
     size = tuple(dataset[0][0].shape[-2:])
-    return SplitResult(result.A, result.flops, size, {"miou": miou, "iou": iou}, "\n".join(lines))
+    return SplitResult(result.A, result.flops, size, {"miou": miou, "iou": iou}, "\n".join(lines)), {}
 
 
-def score_detection(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
-    """Also writes the detections, in COCO's results format."""
+def score_detection(arguments, model, checkpoint: dict, dataset, process: Process):
+    """-> the result, and the files to be written: the detections, in COCO's results format."""
     batch = arguments.eval_batch or checkpoint["config"]["eval_batch"]
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     result = evaluate_detection(model, loader, dataset, process, gate_space(checkpoint))
@@ -402,26 +450,25 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
             scores, table = average_precision(dataset, result.detections, kind)
             metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
         tables.append(f"{name}, {arguments.split}, by pycocotools, over {len(result.A)} images\n{table}")
-    if process.rank == 0:
-        path = beside(checkpoint["path"], arguments.split, "detections.json")
-        write_json(path, result.detections)
-        tables.append(f"wrote {path}")
+    name = told_apart("detections.json", checkpoint["path"], arguments.split)
+    files = {name: write_json(result.detections)}
     size = model.prepare([data.as_float(dataset[0][0]).to(process.device)])[0].image_sizes[0]
-    return SplitResult(result.A, result.flops, tuple(size), metrics, "\n".join(tables))
+    return SplitResult(result.A, result.flops, tuple(size), metrics, "\n".join(tables)), files
 
 
 def prediction_writer(folder: Path, dataset):
-    """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name."""
+    """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name, until one
+    cannot be written."""
     label_of_class = torch.arange(256, dtype=torch.uint8)
     for label, class_id in dataset.info.label_ids.items():
         if class_id != data.IGNORE:
             label_of_class[class_id] = label
 
     def save(index: int, prediction: Tensor) -> None:
-        path = (folder / dataset.image_name(index)).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
-        write_file(path, lambda file: picture.save(file, "png"))
+        if not UNWRITTEN:
+            path = (folder / dataset.image_name(index)).with_suffix(".png")
+            picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
+            keep(path, lambda file: picture.save(file, "png"))
 
     return save
 
@@ -475,13 +522,13 @@ class RunResult:
 
 
 def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
-    """Evaluates on a split; the first process writes the metrics beside the checkpoint.
+    """Evaluates on a split; the first process reports and then writes files.
 
-    Where no table is asked for it also prints the report and draws the experts.
+    Where no table is asked for it also draws the experts.
     """
     model, checkpoint = open_checkpoint(arguments, path, process)
     dataset = open_split(arguments, checkpoint)
-    result = measure(arguments, model, checkpoint, dataset, process)
+    result, files = measure(arguments, model, checkpoint, dataset, process)
     clusters = checkpoint["clusters"]
     if model.dim and clusters is None:
         if process.rank == 0:
@@ -491,8 +538,7 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
         clusters = Clusters(centers, labels, 0.0, labels.bincount(minlength=k).tolist())
     wanted = ("path", "task", "dataset", "data", "model_args", "config", "classes", "palette", "iteration")
     about = {key: checkpoint[key] for key in wanted}
-    name = path.resolve().parent.name + ("" if path.stem == "last" else f"-{path.stem}")
-    run = RunResult(name, about, result, grid_of(model), clusters, {})
+    run = RunResult(name_of_run(path), about, result, grid_of(model), clusters, {})
     run.metrics = {
         "checkpoint": str(path), "variant": run.variant, "split": arguments.split,
         "dataset": arguments.dataset or checkpoint["dataset"], "iteration": checkpoint["iteration"],
@@ -506,17 +552,38 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
             run.metrics["subsets"] = recovery(model, dataset, run)
     if process.rank > 0:
         return run
-    report, picture = (beside(path, arguments.split, name) for name in ("metrics.json", "experts.png"))
-    write_json(report, run.metrics, indent=2)
-    if not arguments.table:
+    if arguments.table:
+        scores = ", ".join(f"{column} {value:.4g}" for column, value in run.numbers.items())
+        print(f"{path}: {scores}", file=sys.stderr)
+    else:
         print_report(run)
-        print(f"\nwrote {report}")
-        if clusters is not None:
-            viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
-            figure = draw_experts(run, [run], viewer)
-            write_file(picture, lambda file: figure.savefig(file, format="png", dpi=130))
-            print(f"wrote {picture}")
+    files[told_apart("metrics.json", path, arguments.split)] = write_json(run.metrics, indent=2)
+    if clusters is not None and not arguments.table:
+        viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
+        figure = draw_experts(run, [run], viewer)
+        name = told_apart("experts.png", path, arguments.split)
+        files[name] = lambda file: figure.savefig(file, format="png", dpi=130)
+    for name, write in files.items():
+        target = arguments.folders[path] / name
+        if keep(target, write) and not arguments.table and target.suffix != ".activations":
+            print(f"wrote {target}")
     return run
+
+
+def name_of_run(checkpoint: Path) -> str:
+    return checkpoint.resolve().parent.name + ("" if checkpoint.stem == "last" else f"-{checkpoint.stem}")
+
+
+def output_folders(arguments: argparse.Namespace) -> dict[Path, Path]:
+    """Where files go, by checkpoint: beside it, or in --out, with a folder for each of several."""
+    folders = {}
+    for path in arguments.checkpoint:
+        folder = arguments.out or path.parent
+        if arguments.out and len(arguments.checkpoint) > 1:
+            names = (name_of_run(path) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+            folder = next(f for f in map(arguments.out.joinpath, names) if f not in folders.values())
+        folders[path] = folder
+    return folders
 
 
 def spread(flops: Tensor) -> dict[str, float]:
@@ -637,6 +704,10 @@ class Viewer:
         """
         checkpoint, device = self.checkpoint, self.process.device
         if checkpoint["task"] == "segmentation":
+            if device.type == "cpu":  # refused at once where memory is too small; else the system kills us
+                width = checkpoint["model_args"].get("width") or 64
+                bytes_per_pixel = 60 + 2 * width + 4 * len(checkpoint["classes"])  # measured, and 10 % more
+                torch.empty(bytes_per_pixel * image[0].numel(), dtype=torch.uint8)
             colors = [tuple(color) for color in checkpoint["palette"]]
             out = self.model(data.normalize(image[None].to(device)))
             prediction = out.logits[0].argmax(0).cpu()
@@ -679,38 +750,73 @@ def to_rgb(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
-    """Writes each picture of --image with its prediction and its expert, with --figures also its route."""
-    source, model, checkpoint = arguments.image, viewer.model, viewer.checkpoint
-    paths = [source]
-    if not source.is_file():
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> list[Path]:
+    """The picture --image, or those in that folder: no hidden files, and nothing from where we write."""
+    source = arguments.image
+    if source.is_file():
+        return [source]
+    written_to = [folder.resolve() for folder in written_to]
+    paths = []
+    for path in sorted(source.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        ours = any(path.resolve().is_relative_to(folder) for folder in written_to)
+        if path.suffix.lower() in data.PICTURES and path.is_file() and not hidden and not ours:
+            paths.append(path)
     if not paths:
-        raise InputError(f"--image {source}: no picture, no folder of pictures ({' '.join(IMAGE_ENDINGS)})")
-    folder = arguments.out or checkpoint["path"].with_name("overlays")
-    clusters, count = checkpoint["clusters"], model.counts[0]
+        wanted = f"no picture, nor a folder with pictures in it ({' '.join(data.PICTURES)})"
+        raise InputError(f"--image {source}: {wanted}; what --out names is not looked at")
+    return paths
+
+
+def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
+    """Writes each picture of --image with its prediction and its expert, with --figures also its route.
+
+    Raises InputError, at the end, where one could not be read or is too large for the memory.
+    """
+    source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], 0
+    if not arguments.out:
+        folder = folder / "overlays"
+    paths = list_pictures(arguments, [path for path in (folder, arguments.figures) if path])
     for path in paths:
-        image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-        out, overlay = viewer.predict(image, names=True)
-        size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
-        gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
-        words = f"{gflops:.3g} GFLOPs ({count})"
-        if clusters is not None:
-            label, distance = clusters.nearest(out.routes.activations(gate_space(checkpoint)).cpu())
-            where = f"{distance.item():.3f} from its centre"
-            words += f", expert {label.item()} of {len(clusters.centers)}, {where}"
-            overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
         inside = path.relative_to(source if source.is_dir() else path.parent)
+        try:
+            image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
+            out, overlay, words = describe_picture(viewer, image)
+        except (data.DataError, RuntimeError, MemoryError) as error:
+            too_large = isinstance(error, MemoryError) or "memory" in str(error)
+            if not too_large and not isinstance(error, data.DataError):
+                raise
+            words = f"{path}: needs more memory than there is; scale it down, or cut it into parts"
+            print(words if too_large else error, file=sys.stderr)
+            failed += 1
+            continue
         target = folder / inside.with_name(inside.name + ".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, lambda file: Image.fromarray(to_rgb(overlay)).save(file, "png"))
-        print(f"{path}: {words} -> {target}")
-        if arguments.figures and model.dim:
+        print(f"{path}: {words} -> {target}", flush=True)
+        keep(target, lambda file: Image.fromarray(to_rgb(overlay)).save(file, "png"))
+        if arguments.figures and viewer.model.dim:
             figure, ((left, right),) = new_figure(PAGE, 1.8, 1, 2, width_ratios=[1, 2])
             left.imshow(to_rgb(image))
             left.axis("off")
-            routes_panel(right, grid_of(model), out.A[0].cpu(), COLORS[0], f"{path.name}: {words}")
+            routes_panel(right, grid_of(viewer.model), out.A[0].cpu(), COLORS[0], f"{path.name}: {words}")
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
+    if failed:
+        raise InputError(f"--image {source}: {failed} of {len(paths)} pictures could not be shown, see above")
+
+
+def describe_picture(viewer: Viewer, image: Tensor):
+    """An image uint8 [3, H, W] -> the model's output, the image with what is predicted and the expert's
+    number on it, and its cost and expert in words."""
+    model, checkpoint = viewer.model, viewer.checkpoint
+    out, overlay = viewer.predict(image, names=True)
+    size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
+    clusters, count = checkpoint["clusters"], model.counts[0]
+    gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
+    words = f"{gflops:.3g} GFLOPs ({count})"
+    if clusters is not None:
+        label, distance = clusters.nearest(out.routes.activations(gate_space(checkpoint)).cpu())
+        words += f", expert {label.item()} of {len(clusters.centers)}, {distance.item():.3f} from its centre"
+        overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
+    return out, overlay, words
 
 
 # ============ one table of many checkpoints ============
@@ -729,7 +835,8 @@ SWEPT = ("k", "margin", "lambda2", "kmeans_every")  # each has a column in the f
 # the method's name tells.
 FREE = {
     "out", "name", "resume", "data", "workers", "device", "compile", "log_every", "eval_every", "save_every",
-    "eval_batch", "train_json", "train_images", "val_json", "val_images",
+    "eval_batch", "train_json", "train_images", "train_labels", "train_list", "val_json", "val_images",
+    "val_labels", "val_list", "classes",
 }
 SAME_SETTING = FREE | {"seed"}
 OF_VARIANT = {"lambda1", "budget", "lambda2"}
@@ -959,11 +1066,13 @@ def save_figure(figure, folder: Path, name: str) -> None:
     """Writes a figure as PDF and PNG; None is one that has nothing to show of these runs."""
     if figure is None:
         return print(f"no {name}: these runs have nothing to show there", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {"pdf": dict(metadata={"CreationDate": None}), "png": {}}
+    path, options = folder / name, {"pdf": dict(metadata={"CreationDate": None}), "png": {}}
+    written = True
     for form, more in options.items():
-        write_file(folder / f"{name}.{form}", lambda file: figure.savefig(file, format=form, **more))
-    print(f"wrote {folder / name}.pdf and .png", file=sys.stderr)
+        target = path.with_name(f"{name}.{form}")
+        written &= keep(target, lambda file: figure.savefig(file, format=form, **more))
+    if written:
+        print(f"wrote {path}.pdf and .png", file=sys.stderr)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -1437,9 +1546,12 @@ FIGURES_OF_ALL = {
 @one_line_errors(InputError, data.DataError, OSError)
 def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     """The command; `process` where one has been started already."""
+    os.environ["MPLBACKEND"] = "agg"  # figures become files: whatever the variable says is for windows
     import matplotlib
 
     arguments = parse(argv)
+    arguments.folders = output_folders(arguments)
+    UNWRITTEN.clear()
     process = process or start_process(arguments.device, arguments.workers)
     for flag in ("figures", "predictions", "out"):  # before what takes long
         if getattr(arguments, flag):
@@ -1451,21 +1563,28 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
         if not path.is_file():
             read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
-        runs = []
-        if not arguments.image:
-            runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
-        if dist.is_initialized():  # the first process does the rest alone
-            dist.destroy_process_group()
-        if process.rank > 0:
-            return
-        if arguments.image:
-            model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)
-            show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
-            return
-        if arguments.table:
-            print_tables(arguments, runs)
-        if arguments.figures:
-            draw_figures(arguments, runs, process)
+        report(arguments, process)
+    asked_for = arguments.figures or arguments.predictions or arguments.out
+    if UNWRITTEN and asked_for:
+        raise InputError(f"{len(UNWRITTEN)} files could not be written, see above")
+
+
+def report(arguments: argparse.Namespace, process: Process) -> None:
+    runs = []
+    if not arguments.image:
+        runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
+    if dist.is_initialized():  # the first process does the rest alone
+        dist.destroy_process_group()
+    if process.rank > 0:
+        return
+    if arguments.image:
+        model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)
+        show(arguments, Viewer(model, checkpoint, None, process, arguments.min_score))
+        return
+    if arguments.table:
+        print_tables(arguments, runs)
+    if arguments.figures:
+        draw_figures(arguments, runs, process)
 
 
 if __name__ == "__main__":

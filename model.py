@@ -488,6 +488,7 @@ def write_file(path: Path, write) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
@@ -496,7 +497,7 @@ def write_file(path: Path, write) -> None:
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        words = f"could not be written ({reason}); what was there is kept; make room and repeat the command"
+        words = f"could not be written ({reason}); what was there is kept; make room, or name another --out"
         raise InputError(f"{path}: {words}") from None
     finally:  # also after Ctrl-C
         with suppress(OSError):
@@ -504,11 +505,13 @@ def write_file(path: Path, write) -> None:
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Makes the folder that `flag` names, with its parents. Raises InputError where it cannot be."""
+    """Makes the folder that `flag` names, with its parents. Raises InputError where it cannot write there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{flag} {path}: this folder cannot be written to; name another")
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:

@@ -1633,7 +1633,7 @@ def test_bad_coco_files_are_named_in_one_line():
         ("annotations", [box | dict(bbox=[1, 2, float("nan"), 4])], "annotation 1"),
         ("annotations", [box, box], "same id"), ("annotations", [box | dict(area="large")], "annotation 1"),
         ("annotations", [box | dict(iscrowd="no")], "annotation 1"),
-        ("annotations", [box | dict(image_id="100")], "'100'"),
+        ("annotations", [box | dict(image_id="one")], "'one'"),
         ("annotations", [box | dict(segmentation=[["a"] * 6])], "--masks"),
         ("annotations", [box | dict(category_id=[3])], "bad.json"),
         ("annotations", [box | dict(image_id=5)], "not list"),

@@ -4,6 +4,8 @@
     python train_seg.py --dataset shapes
     # one process; CUDA, MPS or CPU, as found
     python train_seg.py --dataset camvid --data DIR --variant divdr-raw
+    # your own images and label PNGs: images/train, labels/train, images/val and labels/val in DIR
+    python train_seg.py --dataset folder --data DIR
     # one machine with 8 GPUs, Cityscapes
     torchrun --nproc_per_node 8 train_seg.py --variant divdr-a
     # two machines, the same on each; the runs folder is on a disk that both share
@@ -16,6 +18,7 @@ best.pt. Stopped, it goes on with the same command and --resume; --resume auto a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import itertools
 import json
@@ -67,15 +70,44 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     recipes = {}
     for name, info in data.SEGMENTATION.items():
         recipes[name] = RECIPES.get(name, RECIPES["camvid"]) | dict(
-            data=info.root, crop=info.crop, short_sides=info.short_sides, batch=info.batch,
-            eval_batch=info.eval_batch)
+            data=info.root, crop=info.crop, short_sides=info.short_sides,
+            batch=None if name == "folder" else info.batch)
     parser = shared_settings(argv, __doc__, "segmentation", recipes)
     add = parser.add_argument_group("segmentation").add_argument
     add("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
+    for split in ("train", "val"):
+        add(f"--{split}-images", metavar="DIR", help=f"folder: images, by default images/{split} in --data")
+        add(f"--{split}-labels", metavar="DIR", help=f"folder: their labels, by default labels/{split}")
+        add(f"--{split}-list", metavar="FILE", help="folder: text file with the names of those to take alone")
+    add("--classes", metavar="FILE",
+        help="folder: table of id, name, red, green, blue, by default classes.csv in --data if it is there")
     config = parser.parse_args(argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
+    own = {f"{split}-{name}": path for split, own in own_files(config).items() for name, path in own.items()}
+    given = [flag for flag, path in (own | {"classes": config.classes}).items() if path]
+    needed = [flag for flag in own if not flag.endswith("names") and flag not in given]
+    if given and config.dataset != "folder":
+        parser.error(f"--{given[0]}: goes with --dataset folder alone")
+    if needed and config.dataset == "folder" and not config.data:
+        parser.error(f"--dataset folder: needs --data DIR, or else --{needed[0]} too")
     return complete(config, recipes)
+
+
+def own_files(config: argparse.Namespace) -> dict[str, dict[str, str | None]]:
+    """By split, the folders and the list that the flags of --dataset folder name."""
+    train = {"images": config.train_images, "labels": config.train_labels, "names": config.train_list}
+    val = {"images": config.val_images, "labels": config.val_labels, "names": config.val_list}
+    return {"train": train, "val": val}
+
+
+def look_at_folder(config: argparse.Namespace) -> data.DatasetInfo:
+    """What the labels of --dataset folder say; fills in the settings that suit its images."""
+    info = data.folder_info(config.data, own_files(config), config.classes)
+    for name in ("crop", "short_sides", "batch"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(info, name))
+    return info
 
 
 def shared_settings(argv, description: str, task: str, recipes: dict[str, dict]) -> Parser:
@@ -222,17 +254,21 @@ def main(argv: list[str] | None = None) -> None:
     config = settings(argv)
     process = start_process(config.device, config.workers)
     rank, world, device = process
-    settle(config, process)
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = config.crop is not None  # all images of one size
     folder = Path(config.out) / config.name
 
     # ============ data ============
-    options = shapes_options(config)
+    options, files = shapes_options(config), own_files(config)
+    info = look_at_folder(config) if config.dataset == "folder" else None
+    settle(config, process)
+    torch.backends.cudnn.benchmark = config.crop is not None  # all images of one size
     train_set = data.segmentation_dataset(
         config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides,
-        jitter=config.jitter, **options)
-    val_set = data.segmentation_dataset(config.dataset, config.data, "val", train=False, **options)
+        jitter=config.jitter, info=info, **files["train"], **options)
+    val_set = data.segmentation_dataset(
+        config.dataset, config.data, "val", train=False, info=info, **files["val"], **options)
+    check_labels(train_set, val_set)
+    config.eval_batch = config.eval_batch or val_set.eval_batch
     loader = data.train_loader(train_set, config.batch, config.workers, config.seed, rank, world)
     val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, rank, world)
     classes = list(train_set.info.classes)
@@ -273,8 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     # What evaluate.py needs to know:
     about = dict(
         model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
-        data_options=options, classes=classes, palette=[list(color) for color in train_set.info.palette],
-        config=vars(config))
+        data_options=options, files=files, info=info and dataclasses.asdict(info), classes=classes,
+        config=vars(config), palette=[list(color) for color in train_set.info.palette])
 
     # ============ the alternation ============
     batches = data.forever(loader, done)
@@ -362,6 +398,14 @@ def main(argv: list[str] | None = None) -> None:
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save_checkpoint(folder / name, model, **contents)
     finish(folder, config, process, log)
+
+
+def check_labels(train_set, val_set) -> None:
+    """Raises InputError where nothing can be learned, or nothing evaluated: mIoU would be nan."""
+    for split, dataset in (("train", train_set), ("val", val_set)):
+        if not dataset.has_truth:
+            words = "every pixel in the labels is void; correct their ids"
+            raise InputError(f"{dataset.pairs[0][1]}: as in all of {split}, {words}")
 
 
 # ============ what both training loops share: the network ============
@@ -657,7 +701,8 @@ class Log:
 
     def write(self, event: str, iteration: int, **values) -> None:
         if self.process.rank == 0:
-            self.file.write(json.dumps({"event": event, "iteration": iteration, **values}) + "\n")
+            line = evaluate.as_json({"event": event, "iteration": iteration, **values})
+            self.file.write(line + "\n")
 
     def add(self, terms: dict[str, Tensor], gradient_norm: Tensor, index: Tensor) -> None:
         """A step's loss terms, as they enter the sum; index: the images of the step."""
