@@ -91,13 +91,6 @@ class DatasetInfo:
     batch: int = 8  # global training batch
     eval_batch: int = 1  # per process; above 1 only if all images are of one size
 
-    def layout(self, split: str = "SPLIT") -> str:
-        """Where the files are expected under the root, in words."""
-        patterns = []
-        for folder, *endings in (self.images, self.labels):
-            patterns.append(f"{folder.format(split=split)}/**/*{'|'.join(endings)}")
-        return " with ".join(patterns)
-
 
 # torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG
 # 255.
@@ -148,7 +141,7 @@ SEGMENTATION = {
         palette=(),
         images=("images/{split}", *PICTURES),
         labels=("labels/{split}", ".png", ".bmp", ".tif", ".tiff"),
-        source="or name your folders, --train-images and so on",
+        source="--train-images and so on name other folders, and --train-list the files to take alone",
     ),
     "shapes": DatasetInfo(
         name="shapes",
@@ -331,28 +324,28 @@ def _pair_files(
     `segmentation_dataset`."""
     # torchvision's Cityscapes lists files in the order of the disk, which differs between machines, and
     # notices a missing label only on opening it, hours into a run.
-    expected = f"expected {info.layout(split)}" + (f" under {root}" if root else "")
-    folders, found = [], []
-    for own, (folder, *endings), what in ((images, info.images, "images"), (labels, info.labels, "labels")):
+    folders, patterns, found = [], [], []
+    for own, (folder, *endings) in ((images, info.images), (labels, info.labels)):
         folders.append(own or os.path.join(root, folder.format(split=split)))
+        patterns.append(f"{folders[-1]}/**/*{'|'.join(endings)}")
         found.append(_list_files(folders[-1], endings))
-        if not found[-1] and (split, what) != ("test", "labels"):
-            words = f"{expected}; {info.source}; --dataset shapes needs no download"
-            raise DataError(f"{folders[-1]}: no {what} of {info.name}; {words}")
+    expected = f"expected {' with '.join(patterns)}; {info.source}"
+    for folder, files, what in zip(folders, found, ("images", "labels")):
+        if not files and (split, what) != ("test", "labels"):
+            raise DataError(f"{folder}: no {what} there; {expected}; --dataset shapes needs no download")
     images, labels = found
     if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
         images = {stem: path for stem, path in images.items() if path not in labels.values()}
     if not images.keys() & labels.keys():
         images, labels = _without_ending(images), _without_ending(labels)
-    if names:
-        return [(images[name], labels[name]) for name in _read_names(names, images, labels, folders)]
     if not labels:
         return [(path, None) for path in images.values()]
+    if names:
+        return [(images[name], labels[name]) for name in _read_names(names, images, labels, folders)]
     for one, other, what in ((images, labels, "label"), (labels, images, "image")):
         alone = [path for stem, path in one.items() if stem not in other]
         if alone:
-            words = f"no {what} of that name ({len(alone)} such files); {expected}"
-            raise DataError(f"{alone[0]}: {words}")
+            raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); {expected}")
     return [(path, labels[stem]) for stem, path in images.items()]
 
 
@@ -456,11 +449,15 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
 def read_classes(path: str) -> DatasetInfo:
     """The table of a folder's classes, a text file with the columns id, name, red, green and blue.
 
-    Colours, 0..255, may be left out; they name the classes in labels that have colours instead of ids. An id
-    whose name is ignore is void, and so is 255 where it is not listed.
+    Colours, 0..255, may be left out; they tell the classes in labels that have colours instead of ids. An id
+    whose name is ignore is void, and so is 255 where it is not listed. Roboflow's _classes.csv and CVAT's
+    labelmap.txt are such tables too.
     Raises DataError for a table without id or name, for ids outside 0..255, and for what comes twice.
     """
     lines = [line for line in _read_text(path).splitlines() if line.strip(" ,;\t")]
+    if lines and lines[0].startswith("# label:color_rgb"):  # then apple:164,101,10::
+        rows = enumerate(line.replace(":", ",") for line in lines[1:])
+        lines = ["id,name,red,green,blue", *(f"{label_id},{row}" for label_id, row in rows)]
     separator = max(",;\t", key=lines[0].count) if lines else ","  # spreadsheets differ in it
     rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
     header = [_COLUMNS.get(title.strip().lower(), title.strip().lower()) for title in rows[0]] if rows else []
@@ -551,6 +548,8 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, list[tuple] | None]
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Height and width of a picture as seen; its pixels are not read."""
     with _opened(path, load=False) as image:
+        if image.format == "TIFF":  # these Pillow turns itself
+            image.load()
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
 
@@ -564,7 +563,7 @@ def _opened(path: str | os.PathLike, load: bool = True):
                 image.load()
                 turn = _TURNS.get(image.getexif().get(_ORIENTATION))
                 tags = getattr(image, "tag_v2", {})  # of a TIFF, in which Pillow may have turned it already
-                image = image.transpose(turn) if turn else image
+                image = image if turn is None else image.transpose(turn)
                 image.info |= {tag: tags[tag] for tag in (_BITS, _PHOTOMETRIC) if tag in tags}
             yield image
     except DataError:
@@ -765,9 +764,9 @@ class CocoFile(NamedTuple):
         """Of object j: polygons, or run lengths."""
         return pickle.loads(self.outlines[self.outline[j] : self.outline[j + 1]].numpy().tobytes())
 
-    def has_area(self) -> torch.Tensor:
-        """bool [M]: not a box with a side under a pixel."""
-        return (self.boxes[:, 2:] >= 1).all(1)
+    def to_learn_from(self) -> torch.Tensor:
+        """bool [M]: no crowd, nor a box with a side under a pixel."""
+        return (self.boxes[:, 2:] >= 1).all(1) & ~self.crowds
 
 
 def read_coco(path: str, masks: bool) -> CocoFile:
@@ -993,19 +992,14 @@ class CocoImages(Dataset):
     def __init__(
         self, annotations: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False
     ):
-        self.annotations, self.root, self.masks = annotations, images, masks
+        self.annotations, self.root, self.masks, self.train = annotations, images, masks, train
         self.file = on_first_rank(self._read)
         self.classes, self.category_ids = self.file.classes, self.file.category_ids
         self.palette = class_colours(len(self.classes))
-        rows, crowds = list(range(len(self.file.names))), self.file.crowds
+        rows = list(range(len(self.file.names)))
         if train:
-            counts = F.pad((self.file.has_area() & ~crowds).cumsum(0), (1, 0))[self.file.first]
+            counts = F.pad(self.file.to_learn_from().cumsum(0), (1, 0))[self.file.first]
             rows = counts.diff().nonzero().squeeze(1).tolist()
-            of_crowds = f"{crowds.sum()} of {len(crowds)} annotations have iscrowd 1"
-            if not rows:
-                raise DataError(f"{annotations}: no image has an object to learn from; {of_crowds}")
-            if crowds.double().mean() > 0.1:  # of COCO's 0.01; CVAT writes whatever was painted as a crowd
-                warnings.warn(f"{annotations}: {of_crowds}, and are no objects to learn from", stacklevel=4)
         self.rows = rows[:limit]  # of the file
         if not self.rows:
             raise DataError(f"{annotations}: lists no images")
@@ -1021,12 +1015,21 @@ class CocoImages(Dataset):
                 layout = "annotations/ beside train2017/ and val2017/"
                 words = f"name your own files, or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
-        file = read_coco(self.annotations, self.masks)
+        file, remarks = read_coco(self.annotations, self.masks), []
+        file = file._replace(names=self._find(file.names))
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
-            words = f"{which} have a side under a pixel inside their image and are no objects to learn from"
-            warnings.warn(f"{self.annotations}: {words}", stacklevel=5)
-        return file._replace(names=self._find(file.names))
+            remarks.append(f"{which} have a side under a pixel inside their image")
+        if self.train and file.crowds.double().mean() > 0.1:  # CVAT writes whatever was painted as a crowd
+            share = f"{file.crowds.sum()} of {len(file.crowds)} annotations"
+            remarks.append(f"{share} have iscrowd 1 (set it to 0 where they are single objects)")
+        remark = " and ".join(remarks) + " and are no objects to learn from"
+        if self.train and not file.to_learn_from().any():
+            why = f"; {remark}" if remarks else ""
+            raise DataError(f"{self.annotations}: no image has an object to learn from{why}")
+        if remarks:
+            warnings.warn(f"{self.annotations}: {remark}", stacklevel=5)
+        return file
 
     def _find(self, names: list[str]) -> list[str]:
         """Names of the file -> those in the folder, which are the same, or written as on Windows, or, where

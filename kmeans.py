@@ -13,7 +13,6 @@ Sums are in float64, which MPS lacks: with a model there, keep the bank on the C
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -401,20 +400,16 @@ def _mean_over_pairs(x: Tensor) -> float:
 def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list[int]]:
     """How well clusters recover known subsets.
 
-    labels, truth: [n] int64 >= 0; truth < 8.
+    labels, truth: [n] int64 >= 0.
     Returns (accuracy, adjusted Rand index, table, match). table [subsets, clusters] counts images. match[s]
     is the cluster that the best one-to-one matching gives to subset s, -1 for none. accuracy in 0..1 is the
     share of images in that matching. The index (Hubert and Arabie, 1985) is 1 for equal partitions and 0 on
     average for independent ones.
     """
     subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
-    if subsets > 8:
-        raise ValueError(f"at most 8 subsets can be matched, not {subsets}")
-    columns = max(subsets, clusters)
-    table = torch.bincount(truth * columns + labels, minlength=subsets * columns).view(subsets, columns)
-    matches = torch.tensor(list(itertools.permutations(range(columns), subsets)))  # [.., subsets]
-    hits = table[torch.arange(subsets), matches].sum(1)
-    match = [m if m < clusters else -1 for m in matches[hits.argmax()].tolist()]
+    table = torch.bincount(truth * clusters + labels, minlength=subsets * clusters).view(subsets, clusters)
+    match = _best_matching(table.tolist())
+    hits = sum(int(table[s, m]) for s, m in enumerate(match) if m >= 0)
 
     def pairs(counts: Tensor) -> float:
         return (counts.double() * (counts - 1) / 2).sum().item()
@@ -422,7 +417,41 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
     by_subset, by_cluster, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
     expected, most = by_subset * by_cluster / max(total, 1), (by_subset + by_cluster) / 2
     rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
-    return hits.max().item() / len(labels), rand, table[:, :clusters], match
+    return hits / len(labels), rand, table, match
+
+
+def _best_matching(table: list[list[int]]) -> list[int]:
+    """For each row a column of its own, or -1 where there are more rows, so that the entries' sum is largest.
+
+    The Hungarian algorithm: rows come in one after another, each along the cheapest path of exchanges, which
+    prices on rows and columns keep from being negative (Jonker and Volgenant, 1987). O(rows² columns).
+    """
+    rows, columns = len(table), max(len(table), len(table[0]))
+    cost = [[-value for value in row] + [0] * (columns - len(row)) for row in table]
+    of_row, of_column, owner = [0] * rows, [0] * columns, [-1] * columns  # prices; the row that has a column
+    for new in range(rows):
+        distance, before, done = [math.inf] * columns, [-1] * columns, [False] * columns
+        row, column, length = new, -1, 0  # of the path so far
+        while row >= 0:
+            for j in range(columns):
+                further = length + cost[row][j] - of_row[row] - of_column[j]
+                if not done[j] and further < distance[j]:
+                    distance[j], before[j] = further, column
+            column = min((j for j in range(columns) if not done[j]), key=distance.__getitem__)
+            done[column], length, row = True, distance[column], owner[column]
+        for j in range(columns):
+            if done[j] and j != column:
+                of_row[owner[j]] += length - distance[j]
+                of_column[j] -= length - distance[j]
+        of_row[new] += length
+        while column >= 0:  # exchange along the path
+            owner[column] = owner[before[column]] if before[column] >= 0 else new
+            column = before[column]
+    match = [-1] * rows
+    for j, row in enumerate(owner):
+        if row >= 0 and j < len(table[0]):
+            match[row] = j
+    return match
 
 
 def describe_collapse(sizes: list[int], inter: float, intra: float) -> str | None:

@@ -9,6 +9,7 @@ import copy
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -791,6 +792,20 @@ def test_agreement_with_known_subsets_is_matched_and_adjusted_for_chance():
     assert (accuracy, rand, match.count(-1)) == (pytest.approx(1 / 3), 0.0, 2)
 
 
+@pytest.mark.parametrize("rows, columns", [(1, 4), (3, 3), (3, 6), (5, 4), (6, 6)])
+def test_the_best_matching_is_the_best_of_all(rows, columns):
+    rng = np.random.default_rng(rows)
+    for _ in range(20):
+        table = rng.integers(0, 9, (rows, columns)) * rng.integers(0, 2, (rows, columns))
+        match = kmeans._best_matching(table.tolist())
+        used = [column for column in match if column >= 0]
+        assert len(match) == rows and len(used) == len(set(used)) == min(rows, columns)
+        wide = np.pad(table, ((0, 0), (0, max(0, rows - columns))))  # columns that nobody wants
+        ways = itertools.permutations(range(wide.shape[1]), rows)
+        best = max(wide[range(rows), list(way)].sum() for way in ways)
+        assert sum(table[row, column] for row, column in enumerate(match) if column >= 0) == best
+
+
 # ============ the bank ============
 
 
@@ -1332,6 +1347,274 @@ def test_missing_and_damaged_files_are_named():
     refuses(lambda: open_files("camvid", "camvid"), "00.jpg", "00.png")
 
 
+def write_folder(images, labels, names, mode="L", classes=3, colours=None, ids=None, size=(48, 64), seed=0):
+    """A picture and a label for each name; class i is a stripe of its own brightness, with the id ids[i], or
+    painted in colours[i]. mode: of the label, as Pillow has it -> {name: uint8 [H, W] of classes}."""
+    rng, made = np.random.default_rng(seed), {}
+    ids = ids or list(range(classes))
+    for name in names:
+        mask = np.sort(rng.integers(0, classes, size), axis=1).astype(np.uint8)
+        mask[0, :classes] = range(classes)
+        picture = np.repeat((40 + 160 * mask / classes)[..., None], 3, axis=2).astype(np.uint8)
+        for folder in (images, labels):
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(f"{images}/{name}.jpg")
+        stored = np.array(colours if mode == "RGB" else ids, np.uint8)[mask]
+        label = Image.fromarray(stored)
+        if mode == "P":
+            table = np.zeros((256, 3), np.uint8)
+            table[ids] = colours
+            label.putpalette(table.ravel().tolist())
+        label.save(f"{labels}/{name}.png")
+        made[name] = mask
+    return made
+
+
+def check_masks(dataset, made, void=()):
+    """Each mask is what was made, classes `void` of it void."""
+    assert len(dataset) == len(made)
+    for i in range(len(dataset)):
+        truth = made[Path(dataset.image_name(i)).stem].astype(int)
+        for number, class_id in enumerate(void):
+            truth[made[Path(dataset.image_name(i)).stem] == class_id] = data.IGNORE
+        assert np.array_equal(dataset[i][1].numpy(), truth)
+
+
+def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
+    write_camvid()
+    for split in ("train", "val"):
+        shutil.copytree(f"camvid/{split}", f"own/images/{split}")
+        shutil.copytree(f"camvid/{split}annot", f"own/labels/{split}")
+    info = data.SEGMENTATION["camvid"]
+    rows = ["ID,Name,Red,Green,Blue", "11,Ignore,,,"]
+    for i, (name, colour) in enumerate(zip(info.classes, info.palette)):
+        rows.append(", ".join(map(str, (i, name, *colour))))
+    Path("own/classes.csv").write_text("\n".join(rows), "utf-8-sig")
+    flags = f"{TINY} --iters 4 --eval-every 2 --crop 64 --short-sides 64 80 --log-every 1"
+    for name, source in (("one", "--dataset camvid --data camvid"), ("two", "--dataset folder --data own")):
+        succeeds(train_seg.main, flags, source, f"--name {name}")
+        succeeds(evaluate.main, f"runs/{name}/last.pt --predictions {name}", QUIET)
+    assert events(Path("runs/one")) == events(Path("runs/two"))
+    one, two = (read_json(f"runs/{name}/metrics.json") for name in ("one", "two"))
+    assert one["iou"] == two["iou"] and one["gflops"] == two["gflops"] and two["dataset"] == "folder"
+    for i in range(12):
+        same = [np.array(Image.open(f"{name}/{i:02d}.png")) for name in ("one/val", "two/images/val")]
+        assert np.array_equal(*same)
+    shutil.rmtree("own/labels")  # the checkpoint knows the classes; a test split needs no labels
+    os.rename("own/images/val", "own/images/test")
+    out = succeeds(evaluate.main, "runs/two/last.pt --split test --predictions test", QUIET)
+    assert "no labels" in out and len(os.listdir("test/images/test")) == 12
+    os.mkdir("labels")
+    for i in range(12):
+        shutil.copy(f"camvid/valannot/{i:02d}.png", "labels")
+    files = "--images camvid/val --labels labels"
+    out = succeeds(evaluate.main, "runs/two/last.pt --out elsewhere", files, QUIET)
+    assert read_json("elsewhere/metrics.json")["iou"] == two["iou"] and f"{two['miou']:.2f}" in out
+
+
+VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (224, 224, 192)]
+
+
+def test_a_tree_like_vocs_is_read_by_lists_with_its_palette_and_255_void(capsys):
+    folders = dict(images="VOC/JPEGImages", labels="VOC/SegmentationClass")
+    made = write_folder(*folders.values(), "abcdef", "P", 4, VOC, ids=[0, 1, 2, 255])
+    Image.new("RGB", (9, 9)).save("VOC/JPEGImages/unlabelled.jpg")
+    refuses(lambda: data.folder_info(None, {"train": folders}), "unlabelled.jpg", "no label", "--train-list")
+    Path("train.txt").write_text("a\nb\r\nc.jpg\n\nd\n")
+    Path("val.txt").write_text("e\nf")
+    files = {split: folders | {"names": f"{split}.txt"} for split in ("train", "val")}
+    info = data.folder_info(None, files)
+    assert (info.classes, info.palette) == (("0", "1", "2"), tuple(VOC[:3]))
+    assert "0, 1, 2; 255 is void" in capsys.readouterr().err
+    for split, names in (("train", "abcd"), ("val", "ef")):
+        opened = data.segmentation_dataset("folder", None, split, False, info=info, **files[split])
+        check_masks(opened, {name: made[name] for name in names}, void=[3])
+    flags = f"{TINY} --dataset folder --iters 2 --eval-every 2 --batch 2 --crop 32 --name voc"
+    for split in ("train", "val"):
+        flags += f" --{split}-images VOC/JPEGImages --{split}-labels VOC/SegmentationClass"
+        flags += f" --{split}-list {split}.txt"
+    succeeds(train_seg.main, flags)
+    succeeds(evaluate.main, "runs/voc/last.pt --predictions out", QUIET)
+    assert sorted(os.listdir("out")) == ["e.png", "f.png"]
+    Path("train.txt").write_text("a\nz\n")
+    refuses(lambda: data.folder_info(None, files), "train.txt: line 2", "z")
+
+
+def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
+    made = {}
+    for split, names in (("training", "abcd"), ("validation", "ef")):
+        made |= write_folder(f"ade/images/{split}", f"ade/annotations/{split}", names)
+    Path("ade/classes.csv").write_text("id;name\n0;ignore\n1;wall\n2;sky\n")
+    files = {}
+    for split, folder in (("train", "training"), ("val", "validation")):
+        files[split] = {"images": f"ade/images/{folder}", "labels": f"ade/annotations/{folder}"}
+    info = data.folder_info("ade", files)
+    assert info.classes == ("wall", "sky") and info.label_ids == {0: 255, 1: 0, 2: 1, 255: 255}
+    opened = data.segmentation_dataset("folder", "ade", "train", False, info=info, **files["train"])
+    for i, name in enumerate("abcd"):  # 0 becomes void, the others move down
+        assert np.array_equal(opened[i][1].numpy(), made[name] - np.uint8(1))
+    assert (info.crop, info.short_sides, info.batch) == (32, (24, 36, 48, 60, 72, 96), 4)
+    for text, words in [
+        ("id,name\n0,ignore\n1,a\n3,b\n", "label id 2"), ("number,name\n1,a\n", "id,name"),
+        ("id,name\n1,a\n1,b\n", "twice"),
+        ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"), ("id,name\n1,a\nx,b\n", "row 3"),
+        ("id,name\n1,a\n256,b\n", "row 3"), ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"),
+        ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9\n", "row 3"), ("", "id,name"),
+    ]:
+        Path("ade/classes.csv").write_text(text)
+        refuses(lambda: data.folder_info("ade", files), words)
+    for flags in ("", " --train-images x", " --classes x"):
+        refuses(lambda: run(train_seg.main, "--dataset folder" + flags), "--dataset folder")
+    refuses(lambda: run(train_seg.main, "--dataset camvid --train-images x"), "--train-images")
+
+
+def test_folders_are_read_as_labelling_tools_write_them():
+    colours = [(164, 101, 10), (0, 0, 0), (60, 155, 244)]
+    made = write_folder("cvat/JPEGImages", "cvat/SegmentationClass", "ab", "RGB", 3, colours)
+    lines = "# label:color_rgb:parts:actions\napple:164,101,10::\nbackground:0,0,0::\npear:60,155,244::\n"
+    Path("labelmap.txt").write_text(lines)
+    own = dict(images="cvat/JPEGImages", labels="cvat/SegmentationClass")
+    refuses(lambda: data.folder_info(None, {"train": own}), "a.png", "colours", "classes.csv")
+    info = data.folder_info(None, {"train": own}, "labelmap.txt")
+    assert (info.classes, info.palette) == (("apple", "background", "pear"), tuple(colours))
+    check_masks(data.segmentation_dataset("folder", None, "train", False, info=info, **own), made)
+    Image.new("RGB", (64, 48), (60, 155, 245)).save("cvat/SegmentationClass/b.png")
+    refuses(lambda: data.folder_info(None, {"train": own}, "labelmap.txt"), "b.png", "(60, 155, 245)")
+
+    made = write_folder("robo", "robo", "ab")  # Roboflow: masks beside the pictures, with a longer name
+    for name in "ab":
+        os.rename(f"robo/{name}.png", f"robo/{name}_mask.png")
+    Path("robo/_classes.csv").write_text("Pixel Value, Class\n0, background\n1, apple\n2, pear")
+    own = dict(images="robo", labels="robo")
+    info = data.folder_info(None, {"train": own}, "robo/_classes.csv")
+    assert info.classes == ("background", "apple", "pear")
+    check_masks(data.segmentation_dataset("folder", None, "train", False, info=info, **own), made)
+
+    made = write_folder("super/img", "super/masks", "ab", "RGB", 3, [(i, i, i) for i in range(3)])
+    own = dict(images="super/img", labels="super/masks")  # Supervisely: the id in each channel
+    check_masks(data.segmentation_dataset("folder", None, "train", False, **own), made)
+
+
+def quantized(ids, colours):
+    """A label painted in the colours of its ids, saved again with a palette in an order of its own."""
+    painted = Image.fromarray(np.array(colours, np.uint8)[ids]).quantize(16)
+    assert (np.array(painted) != ids).any()
+    return painted
+
+
+def test_a_palette_in_another_order_goes_by_colour_or_is_refused():
+    write_camvid()
+    label, colours = Path("camvid/trainannot/00.png"), list(data.SEGMENTATION["camvid"].colours.values())
+    ids = np.array(Image.open(label))
+    truth = np.where(ids == 11, data.IGNORE, ids)
+    quantized(ids, colours).save(label)
+    assert np.array_equal(open_files("camvid", "camvid")[0][1].numpy(), truth)
+    Image.fromarray(np.array(colours, np.uint8)[ids]).save(label)  # painted, without a palette
+    assert np.array_equal(open_files("camvid", "camvid")[0][1].numpy(), truth)
+    ids[50:] = 7
+    quantized(ids, [*colours[:7], (1, 2, 3), *colours[8:]]).save(label)
+    refuses(lambda: open_files("camvid", "camvid")[0], label, "palette")
+    Image.fromarray(ids.astype(np.uint16)).save(label)  # 16 bits to an id are fine, ids of 16 bits are not
+    assert (open_files("camvid", "camvid")[0][1][50:] == 7).all()
+    Image.fromarray(ids.astype(np.uint16) + 300).save(label)
+    refuses(lambda: open_files("camvid", "camvid")[0], label, "303")
+
+    write_folder("own/images/train", "own/labels/train", "ab", "P", 3, VOC[:3])
+    label = Path("own/labels/train/b.png")
+    quantized(np.array(Image.open(label)), VOC).save(label)
+    refuses(lambda: data.folder_info("own", {"train": {}}), label, "a.png", "palette")  # which is right?
+
+
+def test_labels_that_are_void_all_over_are_refused_before_training():
+    write_camvid()
+    for i in range(12):
+        Image.new("L", (96, 64), 11).save(f"camvid/valannot/{i:02d}.png")
+    refuses(lambda: run(train_seg.main, TINY_SEG, "--iters 2 --name void"), "valannot/00.png", "void")
+    assert not os.path.exists("runs")
+    text = evaluate.as_json({"miou": math.nan, "iou": [math.inf, 0.5]})
+    assert json.loads(text) == {"miou": None, "iou": [None, 0.5]}
+
+
+SEEN_TO_STORED = {  # by EXIF orientation: what a camera stores of a picture that is to be seen upright
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+    5: lambda a: np.swapaxes(a, 0, 1), 6: np.rot90, 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_pictures_and_labels_are_as_seen_whatever_their_exif_says(ending):
+    seen = np.random.default_rng(0).integers(0, 255, (6, 9, 3)).astype(np.uint8)
+    for orientation, stored in SEEN_TO_STORED.items():
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        options = dict(tiffinfo={0x0112: orientation}) if ending == "tif" else dict(exif=tag)
+        options |= dict(lossless=True) if ending == "webp" else {}
+        Image.fromarray(np.ascontiguousarray(stored(seen))).save(f"turned.{ending}", **options)
+        assert np.array_equal(data.read_image(f"turned.{ending}"), seen)
+        assert data.image_size(f"turned.{ending}") == (6, 9)
+        Image.fromarray(np.ascontiguousarray(stored(seen[..., 0]))).save("label.png", exif=tag)
+        assert np.array_equal(data.read_label("label.png")[0], seen[..., 0])
+    broken = bytearray(tag.tobytes())
+    broken[10:14] = b"\xff\xff\xff\xff"  # no tag can be read
+    Image.fromarray(seen).save("broken.png", exif=bytes(broken))
+    assert np.array_equal(data.read_image("broken.png"), seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
+def test_boxes_and_masks_stay_on_the_object_of_a_turned_picture():
+    contents = write_coco(sizes=((60, 80),) * 3)
+    plain = open_coco()
+    before = [plain[i] for i in range(3)]
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    for i in range(3):
+        path = f"coco/train2017/{i:012d}.jpg"
+        stored = np.ascontiguousarray(np.rot90(data.read_image(path)))
+        Image.fromarray(stored).save(path, exif=tag, quality=100, subsampling=0)
+        image, target, _ = plain[i]
+        assert (image.int() - before[i][0].int()).abs().max() < 12
+        assert torch.equal(target["masks"], before[i][1]["masks"])
+    contents["images"][0] |= dict(height=80, width=60)  # as stored
+    Path("coco/annotations/instances_train2017.json").write_text(json.dumps(contents))
+    refuses(lambda: open_coco()[0], "80x60 pixels as seen", "60x80")
+
+
+def test_more_than_8_bits_are_scaled_or_refused_by_name():
+    grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
+    expected = np.rint(grey / 257)
+    big_endian = Image.frombytes("I;16B", (64, 4), grey.astype(">u2").tobytes())
+    twelve_bits = Image.fromarray((grey >> 4).astype(np.uint16))
+    for picture, name in [
+        (Image.fromarray(grey), "a.png"), (Image.fromarray(grey), "a.tif"), (big_endian, "b.tif"),
+        (Image.fromarray(grey.astype(np.int32)), "c.tif"), (Image.fromarray(grey.astype(np.int32)), "c.pgm"),
+        (Image.fromarray((grey / 65535).astype(np.float32)), "d.tif"),
+    ]:
+        picture.save(name)
+        assert Image.open(name).mode[0] in "IF"
+        read = data.read_image(name)
+        assert read.shape == (4, 64, 3) and np.abs(read - expected[..., None]).max() == 0
+    twelve_bits.save("e.tif")
+    with Image.open("e.tif") as picture:
+        picture.load()
+        picture.info[258] = (12,)  # what the tag of a picture of 12 bits says
+        assert np.abs(np.array(data._in_8_bits(picture, "e.tif")) - expected).max() <= 1
+        picture.info[262] = 0  # white is zero
+        assert np.abs(255 - np.array(data._in_8_bits(picture, "e.tif")) - expected).max() <= 1
+    signed, floating = grey.astype(np.int32), grey.astype(np.float32)
+    for values in (signed - 9, signed * 9, floating, floating * np.float32("nan")):
+        Image.fromarray(values).save("f.tif")
+        refuses(lambda: data.read_image("f.tif"), "f.tif", "from", "8 bits")
+
+
+def test_a_picture_over_pillows_limit_is_called_that(monkeypatch):
+    Image.new("1", (400, 400)).save("large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70_000)
+    refuses(lambda: data.read_image("large.png"), "large.png", "140,000 pixels")
+    refuses(lambda: data.read_image("none.png"), "none.png", "No such file")
+
+
 def test_augmentation_pads_crops_and_keeps_image_and_mask_aligned():
     torch.manual_seed(0)
     # Every label region is flat and large; its number is written into the picture.
@@ -1618,6 +1901,7 @@ def test_objects_of_a_coco_file_take_little_and_segmentations_nothing_without_ma
     assert len(open_coco()[0][1]["masks"]) == 2000
 
 
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_bad_coco_files_are_named_in_one_line():
     contents, secret = write_coco(), os.path.abspath("coco/secret.jpg")
     box, (image, *rest) = contents["annotations"][0], contents["images"]
@@ -1649,6 +1933,125 @@ def test_bad_coco_files_are_named_in_one_line():
     with pytest.warns(UserWarning, match="1 boxes, the first that of annotation 4"):
         whole = open_coco(train=True)
     refuses(lambda: whole[1], "000000000001.jpg", "31x32")
+
+
+def read_annotations(contents, masks=False, **changes):
+    """What becomes of a file's contents, with changes to all of its annotations."""
+    annotations = [a | changes for a in contents["annotations"] if a["bbox"][2] and not a["iscrowd"]]
+    Path("own.json").write_text(json.dumps(contents | dict(annotations=annotations)), "utf-8-sig")
+    return data.read_coco("own.json", masks)
+
+
+@pytest.mark.parametrize("kind", [str, float, lambda n: f"6ba7b810-{n:012d}", lambda n: n + 0.5])
+def test_ids_of_any_kind_find_their_records_and_are_given_back(kind):
+    contents = write_coco("val", sizes=((60, 80),) * 12)
+    with warnings.catch_warnings(action="ignore"):
+        ours = open_coco(split="val")
+    plain = read_annotations(contents)
+    for image in contents["images"]:
+        image["id"] = kind(image["id"] - 100)
+    for category in contents["categories"]:
+        category["id"] = kind(category["id"])
+    for annotation in contents["annotations"]:
+        annotation |= dict(
+            id=kind(annotation["id"]), image_id=kind(annotation["image_id"] - 100),
+            category_id=kind(annotation["category_id"]))
+    file = read_annotations(contents)
+    assert file.image_ids == [kind(7 * i) for i in range(12)] and file.category_ids == [kind(3), kind(7)]
+    for name in ("boxes", "labels", "first", "areas"):
+        assert torch.equal(getattr(file, name), getattr(plain, name))
+    Path("coco/annotations/instances_val2017.json").write_text(json.dumps(contents))
+    with warnings.catch_warnings(action="ignore"):
+        results = check_truth_has_full_score(open_coco(split="val"))
+    expected = check_truth_has_full_score(ours)
+    for found, same in zip(results, expected, strict=True):
+        assert found["image_id"] == kind(same["image_id"] - 100) and found["bbox"] == same["bbox"]
+        assert found["category_id"] == kind(same["category_id"])
+
+
+def test_numbers_may_be_text_and_boxes_end_with_their_image():
+    contents = write_coco()
+    plain = read_annotations(contents)
+    for image in contents["images"]:
+        image |= dict(width=str(image["width"]), height=float(image["height"]))
+    text = [a | dict(bbox=[*map(str, a["bbox"])], area=str(a["area"])) for a in contents["annotations"]]
+    for iscrowd in ("0", 0.0, False, None):
+        file = read_annotations(contents | dict(annotations=text), iscrowd=iscrowd)
+        assert torch.equal(file.boxes, plain.boxes) and torch.equal(file.areas, plain.areas)
+        assert torch.equal(file.sizes, plain.sizes) and not file.crowds.any()
+    first = contents["annotations"][0]
+    for box, kept in [
+        ([-5, -5, 20, 20], [0, 0, 15, 15]), ([70, 50, 20, 20], [70, 50, 10, 10]),
+        ([500, 500, 30, 30], None), ([-30, 5, 30, 9], None), ([5, 5, -4, 4], None), ([5, 5, 4, 0], None),
+        ([5, 5, 4, 0.5], [5, 5, 4, 0.5]),
+    ]:
+        file = read_annotations(contents | dict(annotations=[first | dict(area=None)]), bbox=box)
+        assert file.boxes.tolist() == ([kept] if kept else [])
+        assert file.areas.tolist() == ([kept[2] * kept[3]] if kept else [])
+    for name, value in [("bbox", "1234"), ("bbox", [1, 2, "x", 4]), ("iscrowd", "no"), ("area", "nan"),
+                        ("area", [1]), ("image_id", None), ("category_id", {}), ("bbox", None)]:
+        refuses(lambda: read_annotations(contents, **{name: value}), "own.json: annotation 1 ")
+    for size in (0, "wide", None, 60.5, -3):
+        images = [contents["images"][0] | dict(width=size), *contents["images"][1:]]
+        refuses(lambda: read_annotations(contents | dict(images=images)), "image 100", "width")
+
+
+def test_run_lengths_must_make_up_their_image():
+    from pycocotools import mask as rle
+
+    contents, rng = write_coco(), np.random.default_rng(0)
+    contents["annotations"] = contents["annotations"][:1]
+    for share in (0.0, 0.02, 0.5, 1.0):
+        mask = np.asfortranarray(rng.random((60, 80)) < share).astype(np.uint8)
+        mask[10:40, 10:60] = 1
+        packed = rle.encode(np.asfortranarray(mask))
+        text = packed["counts"].decode()
+        changes = np.flatnonzero(np.diff(np.concatenate([[0], mask.ravel("F"), [2]])))
+        lengths = np.diff(np.concatenate([[0], changes])).tolist()
+        assert data._run_lengths(text).tolist() == lengths
+        for counts in (text, lengths):
+            file = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=counts))
+            assert np.array_equal(data._decode(file.segmentation(0), 60, 80), mask)
+        for wrong in [
+            lengths[:-1], [*lengths, 1], [-1, 1, *lengths], [*lengths[:-1], lengths[-1] - 700],
+            ["x"], [[1]], 5, [4801], [2**70], [None], text[:-1], text + "1", text + "a", text + "o" * 9, "é",
+        ]:
+            segmentation = dict(size=[60, 80], counts=wrong)
+            refuses(lambda: read_annotations(contents, True, segmentation=segmentation), "annotation 1 ")
+    corners = [5, 5, 30, 5, 30, 30]
+    flat = read_annotations(contents, True, segmentation=corners)  # one polygon without brackets of its own
+    assert flat.segmentation(0) == [corners]
+    for wrong in ([[5, 5, 30, 5, 30, float("nan")]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
+        refuses(lambda: read_annotations(contents, True, segmentation=wrong), "annotation 1", "--masks")
+
+
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
+def test_names_of_files_may_be_written_as_on_windows_or_with_other_folders_in_front():
+    contents, file = write_coco(sizes=((60, 80), (64, 64))), Path("coco/annotations/instances_train2017.json")
+    names = [image["file_name"] for image in contents["images"]]
+    for front in ("train2017\\", "C:\\upload\\4\\", "images/"):
+        for image, name in zip(contents["images"], names):
+            image["file_name"] = front + name
+        file.write_text(json.dumps(contents))
+        for folder in ("coco/train2017", "coco")[: 1 + front.startswith("train")]:
+            dataset = open_coco(images=folder)
+            assert [Path(dataset.image_name(i)).name for i in range(2)] == names and len(dataset[0]) == 3
+    contents["images"][0]["file_name"] = "images/gone.jpg"
+    file.write_text(json.dumps(contents))
+    refuses(open_coco, "images/gone.jpg")
+
+
+def test_what_is_painted_as_a_crowd_is_said():
+    contents = write_coco()
+    for n, annotation in enumerate(contents["annotations"]):
+        annotation["iscrowd"] = int(n % 2)
+    Path("own.json").write_text(json.dumps(contents))
+    with pytest.warns(UserWarning, match="4 of 10 annotations have iscrowd 1"):
+        open_coco(train=True, annotations="own.json")
+    for annotation in contents["annotations"]:
+        annotation["iscrowd"] = 1
+    Path("own.json").write_text(json.dumps(contents))
+    refuses(lambda: open_coco(train=True, annotations="own.json"), "no image has an object", "iscrowd 1")
 
 
 def test_the_truth_has_full_score_and_worse_results_score_as_by_pycocotools():
@@ -1945,6 +2348,52 @@ def test_pictures_show_what_is_predicted(trained):
     assert b"/FontFile2" in written and b"/Type3" not in written
     for flags in ("--dataset shapes", "--predictions x", "--limit 0"):
         refuses(lambda: run(evaluate.main, "runs/det/last.pt --device cpu", flags), flags.split()[0])
+
+
+def test_a_folder_of_pictures_is_done_but_for_those_that_cannot_be_read(trained):
+    shutil.copytree(trained / "runs" / "seg", "seg")
+    for name in ("a.png", "cut.jpg", "z.tif", "sub/b.PNG", ".hidden.png", "sub/._b.png", ".cache/c.png"):
+        Path("in", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((70, 64), 50).convert("RGB").save(f"in/{name}")
+    Path("in/cut.jpg").write_bytes(Path("in/cut.jpg").read_bytes()[:400])
+    Path("in/notes.txt").write_text("none")
+    for times in range(2):  # the second time the folder holds what the first wrote
+        out, error = io.StringIO(), io.StringIO()
+        both = contextlib.redirect_stdout(out), contextlib.redirect_stderr(error)
+        with both[0], both[1], pytest.raises(SystemExit) as stopped:
+            run(evaluate.main, f"seg/last.pt {QUIET} --image in --out in/out --figures in/drawn")
+        assert stopped.value.code == 2 and "1 of 4 pictures" in error.getvalue()
+        assert "in/cut.jpg: cannot be read" in error.getvalue()
+        assert out.getvalue().count("GFLOPs") == 3
+        assert sorted(map(str, Path("in/out").rglob("*.png"))) == [
+            "in/out/a.png.png", "in/out/sub/b.PNG.png", "in/out/z.tif.png"]
+    os.mkdir(".cache")
+    refuses(lambda: run(evaluate.main, f"seg/last.pt {QUIET} --image .cache"), "--image .cache", "no pict")
+
+
+def test_what_cannot_be_written_costs_no_result(trained, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://a_window_that_is_not_there")
+    shutil.copytree(trained / "runs" / "seg", "seg")
+    for name in ("metrics.json", "experts.png", "last.val.activations"):
+        Path("seg", name).unlink(missing_ok=True)
+        Path("seg", name).mkdir()  # no file can take its place
+    os.symlink(trained / "camvid", "camvid")
+    out = succeeds(evaluate.main, "seg/last.pt", QUIET)
+    assert "IoU % val" in out and out.count("could not be written") == 3 and "seg/metrics.json" in out
+    first = (trained / "runs" / "seg" / "last.pt", "seg/last.pt")
+    out = succeeds(evaluate.main, "seg/last.pt --out elsewhere", QUIET)
+    assert "could not" not in out
+    assert sorted(os.listdir("elsewhere")) == ["experts.png", "last.val.activations", "metrics.json"]
+    out = succeeds(evaluate.main, *first, "--out both --format text", QUIET)
+    for folder in ("both/seg", "both/seg-2"):
+        assert sorted(os.listdir(folder)) == ["last.val.activations", "metrics.json"]
+    blocked = Path("blocked/predictions-seg.png")
+    blocked.mkdir(parents=True)
+    refused = io.StringIO()
+    with contextlib.redirect_stderr(refused), pytest.raises(SystemExit) as stopped:
+        run(evaluate.main, "seg/last.pt --figures blocked --out elsewhere", QUIET)
+    assert stopped.value.code == 2 and str(blocked) in refused.getvalue()
+    assert os.path.exists("blocked/routes-seg.png")
 
 
 def made_up_run(name, miou, seed=0, variant="divdr-a", k=3, gate="small", kmeans_every=50):
