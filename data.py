@@ -1,4 +1,5 @@
-"""Data: Cityscapes, CamVid, COCO and made-up shapes, for segmentation and for detection; transforms, loaders.
+"""Data: Cityscapes, CamVid, COCO, folders and made-up shapes, for segmentation and detection; transforms,
+loaders.
 
     dataset = segmentation_dataset("cityscapes", None, "train", train=True)
     for images, masks, indices in forever(train_loader(dataset, batch=8, workers=4)):
@@ -10,9 +11,9 @@
         images = [as_float(image.cuda()) for image in images]  # lists: images differ in size
         ...  # targets: dicts of boxes, labels and masks
 
-Another data set of images and label PNGs is one entry of `SEGMENTATION` and, for a recipe of its own, one of
-RECIPES in train_seg.py. One of another layout is a torch.utils.data.Dataset that `segmentation_dataset`
-returns, with
+Images and label PNGs of one's own need no code: "folder" reads them. With a name and a recipe of their own
+they are one entry of `SEGMENTATION` and one of RECIPES in train_seg.py. What is no image with a label picture
+is a torch.utils.data.Dataset that `segmentation_dataset` returns, with
     items              (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index)
     .info              a `DatasetInfo`: classes, palette, defaults
     .image_name(i)     by which reports and predictions know image i
@@ -415,35 +416,44 @@ def folder_info(root: str | None, files: dict[str, dict], classes: str | None = 
 
 def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | None) -> DatasetInfo:
     info = read_classes(classes) if classes else SEGMENTATION["folder"]
-    splits = {split: LabelledImages(info, root, split, None, **own) for split, own in files.items()}
-    first = next(iter(splits.values()))
-    sides, counts, painted = [], np.zeros(256, dtype=np.int64), {}  # painted: id -> RGB, and in which file
-    for dataset in splits.values():
-        paths = [path for _, path in dataset.pairs if path]
+    splits = [LabelledImages(info, root, split, None, **own) for split, own in files.items()]
+    train = splits[0]
+
+    def look(path: str) -> tuple[int, set[int], dict[int, tuple]]:
+        """Short side of a label, the ids in it, and the colours that its palette gives them."""
+        ids, palette = read_label(path)
+        if classes or _one_channel(ids).ndim == 3:
+            train.to_classes(path, ids, palette)  # raises where it does not fit the table
+        used = set(np.flatnonzero(np.bincount(_one_channel(ids).ravel())).tolist())
+        painted = {label_id: palette[label_id] for label_id in used} if palette and not info.colours else {}
+        return min(ids.shape[:2]), used, painted
+
+    sides, found, colours = [], set(), {}  # colours: id -> RGB, and the file that has it
+    for dataset in splits:
+        paths = [label for _, label in dataset.pairs if label]
         with ThreadPoolExecutor() as pool:
-            for path, (ids, palette) in zip(paths, pool.map(read_label, paths)):
-                ids = ids if classes else _one_channel(ids)
-                mask = dataset.to_classes(path, ids, palette) if classes or ids.ndim == 3 else ids
-                counts += np.bincount(mask.ravel(), minlength=256)
-                if dataset is first:
-                    sides.append(min(mask.shape))
-                for label_id in np.unique(ids).tolist() if palette and not info.colours else ():
-                    colour, where = painted.setdefault(label_id, (palette[label_id], path))
-                    if colour != palette[label_id]:
-                        words = f"its palette has {palette[label_id]} at {label_id}, that of {where} {colour}"
+            for path, (side, used, painted) in zip(paths, pool.map(look, paths)):
+                found |= used
+                if dataset is train:
+                    sides.append(side)
+                for label_id, colour in painted.items():
+                    first, where = colours.setdefault(label_id, (colour, path))
+                    if colour != first:
+                        words = f"its palette has {colour} at {label_id}, that of {where} has {first}"
                         raise DataError(f"{path}: {words}; list the colours of the classes in classes.csv")
     if not classes:
-        found = np.flatnonzero(counts[:IGNORE]).tolist()
-        colours = {label_id: painted[label_id][0] for label_id in found if label_id in painted}
-        info = _info_of({label_id: str(label_id) for label_id in found}, colours, "the labels", first.root)
+        names = {label_id: str(label_id) for label_id in found - {IGNORE}}
+        colours = {label_id: colours[label_id][0] for label_id in names if label_id in colours}
+        distinct = len(set(colours.values())) == len(colours)
+        info = _info_of(names, colours if distinct else {}, train.root)
         words = f"the ids in the labels are the classes: {', '.join(info.classes)}; 255 is void"
-        print(f"{first.root}: {words}; a classes.csv would name them", file=sys.stderr)
+        print(f"{train.root}: {words}; a classes.csv would name them", file=sys.stderr)
     side = sorted(sides)[len(sides) // 2] if sides else 512
     crop = min(max(side // 32 * 32, 32), 768)
     batch = 8 if crop >= 256 else 16 if crop >= 128 else 32
     return replace(
         info, crop=crop, short_sides=tuple(max(round(scale * side), 16) for scale in SCALES),
-        batch=max(2, min(batch, len(first))), eval_batch=8 if side <= 512 else 1)
+        batch=max(2, min(batch, len(train))), eval_batch=8 if side <= 512 else 1)
 
 
 def read_classes(path: str) -> DatasetInfo:
@@ -478,14 +488,14 @@ def read_classes(path: str) -> DatasetInfo:
             colours[label_id] = colour
         if len(colour) not in (0, 3) or not all(0 <= value <= 255 for value in (label_id, *colour)):
             raise DataError(f"{path}: row {n}: {cells} has an id or colours that are not on 0 to 255")
-    return _info_of(names, colours, path, path)
+    return _info_of(names, colours, path)
 
 
 _COLUMNS = {"pixel value": "id", "class": "name"}  # what others call them
 
 
-def _info_of(names: dict[int, str], colours: dict[int, tuple], name: str, path: str) -> DatasetInfo:
-    """names, colours: by id in the label files. Raises DataError, which names `path`."""
+def _info_of(names: dict[int, str], colours: dict[int, tuple], path: str) -> DatasetInfo:
+    """names, colours: by id in the label files; path: where they come from, for errors."""
     ids = [label_id for label_id in sorted(names) if names[label_id].lower() != "ignore"]
     classes = tuple(names[label_id] for label_id in ids)
     if not 2 <= len(ids) <= _UNKNOWN:
