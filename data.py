@@ -830,7 +830,7 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         if record[4] > 0 and record[5] > 0:
             table.extend(record)
             packed.append(outline)
-    table = torch.tensor(table, dtype=torch.float64).view(-1, 8)
+    table = torch.from_numpy(np.array(table)).view(-1, 8)
     order = table[:, 0].argsort(stable=True)  # image by image
     rows, labels, *box, areas, crowds = table[order].T
     packed = [packed[j] for j in order.tolist()]
@@ -901,16 +901,17 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
         raise ValueError(f"is of category {category!r}, which is not among its categories")
     if at is None:
         raise ValueError(f"is of image {image!r}, which it does not list")
-    try:
-        x, y, w, h = map(_number, box if isinstance(box, list) else ())
-    except (ValueError, TypeError):
-        raise ValueError(f"has the box {box!r}; needed are x, y, width and height") from None
     (height, width), area, crowd = sizes[at], found.get("area"), found.get("iscrowd")
     try:
-        area = w * h if area is None else _number(area)
-        crowd = 0.0 if crowd is None else _number(crowd)
-    except (ValueError, TypeError):
-        raise ValueError(f"has the area {area!r} and the iscrowd {crowd!r}; both must be numbers") from None
+        x, y, w, h = map(float, box)
+        area = w * h if area is None else float(area)
+        crowd = float(crowd or 0)
+        numbers = isinstance(box, list) and math.isfinite(x + y + w + h + area + crowd)
+    except (ValueError, TypeError, OverflowError):
+        numbers = False
+    if not numbers:
+        needed = "numbers are needed, for the box x, y, width and height"
+        raise ValueError(f"has the box {box!r}, the area {area!r} and the iscrowd {crowd!r}; {needed}")
     if x < 0 or y < 0 or x + w > width or y + h > height:
         right, bottom, x, y = min(x + w, width), min(y + h, height), max(x, 0.0), max(y, 0.0)
         w, h = right - x, bottom - y
