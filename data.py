@@ -39,7 +39,6 @@ import math
 import os
 import pickle
 import re
-import sys
 import warnings
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +89,7 @@ class DatasetInfo:
     short_sides: tuple[int, ...] | None = None  # training: pixels, one is drawn; None: as it is
     crop: int | None = None  # training: side of the square crop, pixels; None: whole image
     batch: int = 8  # global training batch
-    eval_batch: int = 1  # per process; above 1 only if all images are of one size
+    eval_batch: int = 1  # per process, for images of one size
 
 
 # torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG
@@ -142,7 +141,7 @@ SEGMENTATION = {
         palette=(),
         images=("images/{split}", *PICTURES),
         labels=("labels/{split}", ".png", ".bmp", ".tif", ".tiff"),
-        source="--train-images and so on name other folders, and --train-list the files to take alone",
+        source="for other folders and lists see Your data in the README",
     ),
     "shapes": DatasetInfo(
         name="shapes",
@@ -163,20 +162,23 @@ def segmentation_dataset(
 
     root: its folder, None for the default. split: "train", "val" or "test". train: True applies the
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
-    set's own; they act with train only, as does jitter. info, images, labels, names: of "folder" alone: what
-    `folder_info` says of it, by default from this split; the folders of images and labels, in place of those
-    under root; a text file that names those to take, one to a line. shapes_options: see `ShapesDataset`.
+    set's own; they act with train only, as does jitter. Of "folder" alone: info, what `folder_info` says;
+    images and labels, their folders, in place of those under root; names, a text file of the images to take,
+    one to a line. These three need info. shapes_options: see `ShapesDataset`.
 
     Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
     _check_names(name, SEGMENTATION, split)
     own = {"images": images, "labels": labels, "names": names}
-    if name == "folder":
-        info = info or folder_info(root, {split: own})
-    elif any(own.values()):
-        raise DataError(f"--dataset {name}: takes no folders of your own; they go with --dataset folder")
-    else:
+    if name != "folder":
         info = SEGMENTATION[name]
+        if any(own.values()):
+            raise DataError(f"--dataset {name}: takes no folders of your own; they go with --dataset folder")
+    elif info is None:
+        if any(own.values()):
+            raise DataError("folder: needs info, what folder_info says of all splits together")
+        there = [s for s in ("train", "val") if os.path.isdir(os.path.join(root or "", "images", s))]
+        info = folder_info(root, {s: {} for s in there or [split]})
     augment = augmentation(short_sides or info.short_sides, crop or info.crop, jitter) if train else None
     if name == "shapes":
         _refuse_files(root)
@@ -218,11 +220,15 @@ class LabelledImages(Dataset):
         self.class_of_id = np.full(256, _UNKNOWN, dtype=np.uint8)
         for label_id, class_id in info.label_ids.items():
             self.class_of_id[label_id] = class_id
-        self.class_of_colour = {}
-        for label_id, colour in info.colours.items():
-            class_id = info.label_ids[label_id]
-            if class_id != IGNORE or tuple(colour) not in self.class_of_colour:
-                self.class_of_colour[tuple(colour)] = class_id
+
+    @cached_property
+    def class_of_colour(self) -> np.ndarray:
+        """[2^24] class of each RGB colour; a colour that a class shares with void is the class's."""
+        table = np.full(1 << 24, _UNKNOWN, dtype=np.uint8)
+        by_class = sorted(self.info.colours.items(), key=lambda item: -self.info.label_ids[item[0]])
+        for label_id, colour in by_class:
+            table[_code(colour)] = self.info.label_ids[label_id]
+        return table
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -262,26 +268,20 @@ class LabelledImages(Dataset):
         """A label file -> uint8 [H, W] of class ids and IGNORE."""
         return self.to_classes(path, *read_label(path))
 
-    def to_classes(self, path: str, ids: np.ndarray, palette: list[tuple] | None) -> np.ndarray:
-        """What `read_label` gave -> uint8 [H, W]. Colours decide where there are no ids, and where a palette
-        has the data set's colours at other places."""
-        if not self.class_of_colour:
+    def to_classes(self, path: str, ids: np.ndarray, palette: np.ndarray | None) -> np.ndarray:
+        """What `read_label` gave -> uint8 [H, W] of class ids and IGNORE."""
+        class_of_id, colours = self.class_of_id, self.info.colours
+        if not colours:
             ids = _one_channel(ids)
         if ids.ndim == 3:
-            return self._by_colour(path, ids)
-        class_of_id = self.class_of_id
-        if palette and self.class_of_colour:
-            used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist()
-            painted = {i: self.class_of_colour.get(palette[i]) for i in used}
-            moved = [i for i in used if painted[i] not in (None, class_of_id[i])]
-            telling = [i for i in moved if painted[i] != IGNORE]  # black is in many palettes
-            if moved and None not in painted.values():
-                class_of_id = np.zeros(256, dtype=np.uint8)
-                class_of_id[used] = list(painted.values())
-            elif telling:
-                whose = self.info.classes[painted[telling[0]]]
-                words = f"its palette has the colour of {whose} at {telling[0]}, and others that are unknown"
-                raise DataError(f"{path}: {words}; save the ids without a palette")
+            mask = self.class_of_colour[_code(ids)] if colours else np.full(ids.shape[:2], _UNKNOWN)
+            if (mask == _UNKNOWN).any():
+                colour = tuple(ids[mask == _UNKNOWN][0].tolist())
+                words = f"the colour {colour} is not one of {self.info.name}'s; list it in classes.csv"
+                raise DataError(f"{path}: no ids in one channel, and {words}")
+            return mask
+        if palette is not None and colours:
+            class_of_id = self._by_palette(path, ids, palette)
         mask = class_of_id[ids]
         if (mask == _UNKNOWN).any():
             listed = ", ".join(map(str, sorted(self.info.label_ids)))
@@ -289,25 +289,33 @@ class LabelledImages(Dataset):
             raise DataError(f"{path}: {words}; the ids are {listed}")
         return mask
 
-    def _by_colour(self, path: str, rgb: np.ndarray) -> np.ndarray:
-        needed = "save ids in one channel, or list the colours in classes.csv"
-        if not self.class_of_colour:
-            raise DataError(f"{path}: no map of class ids, but a picture of colours; {needed}")
-        codes, classes = zip(*sorted((_code(colour), c) for colour, c in self.class_of_colour.items()))
-        wanted = _code(rgb)
-        place = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
-        strange = np.array(codes)[place] != wanted
-        if strange.any():
-            colour = tuple(rgb[strange][0].tolist())
-            raise DataError(f"{path}: the colour {colour} is not one of {self.info.name}'s; {needed}")
-        return np.array(classes, dtype=np.uint8)[place]
+    def _by_palette(self, path: str, ids: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """[256] class of each id of a label with a palette.
+
+        Where all colours in it are the data set's, they decide. Where none is, or all that are stand at their
+        own ids, the ids do. What is between the two is refused.
+        """
+        used = np.bincount(ids.ravel(), minlength=256) > 0
+        painted = self.class_of_colour[_code(palette)]
+        known = used & (painted != _UNKNOWN)
+        moved = known & (painted != self.class_of_id)
+        if not moved.any():
+            return self.class_of_id
+        if (known == used).all():
+            return painted
+        moved &= painted != IGNORE  # black is in many palettes
+        if moved.any():
+            place = moved.argmax()
+            words = f"its palette has the colour of {self.info.classes[painted[place]]} at {place}"
+            raise DataError(f"{path}: {words}, and others that are unknown; save the ids without a palette")
+        return self.class_of_id
 
 
 _UNKNOWN = 254  # class of an id that the data set does not have
 
 
 def _one_channel(ids: np.ndarray) -> np.ndarray:
-    """Three channels [H, W, 3] that are one and the same become it."""
+    """If the three channels of [H, W, 3] are equal, one of them."""
     if ids.ndim == 3 and (ids == ids[..., :1]).all():
         return ids[..., 0]
     return ids
@@ -337,14 +345,17 @@ def _pair_files(
     images, labels = found
     if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
         images = {stem: path for stem, path in images.items() if path not in labels.values()}
+    stems = dict(zip(images, images))  # name of the file -> name by which it finds its label
     if not images.keys() & labels.keys():
+        stems = dict(zip(images, _without_ending(images)))
         images, labels = _without_ending(images), _without_ending(labels)
+    if names:
+        images = {stems[name]: images[stems[name]] for name in _read_names(names, stems, folders[0])}
     if not labels:
         return [(path, None) for path in images.values()]
-    if names:
-        return [(images[name], labels[name]) for name in _read_names(names, images, labels, folders)]
-    for one, other, what in ((images, labels, "label"), (labels, images, "image")):
-        alone = [path for stem, path in one.items() if stem not in other]
+    without_label = [path for stem, path in images.items() if stem not in labels]
+    without_image = [path for stem, path in labels.items() if stem not in images and not names]
+    for alone, what in ((without_label, "label"), (without_image, "image")):
         if alone:
             raise DataError(f"{alone[0]}: no {what} of that name ({len(alone)} such files); {expected}")
     return [(path, labels[stem]) for stem, path in images.items()]
@@ -371,19 +382,20 @@ def _without_ending(files: dict[str, str]) -> dict[str, str]:
     return {stem[: len(stem) - length]: path for stem, path in files.items()}
 
 
-def _read_names(path: str, images: dict, labels: dict, folders: list[str]) -> list[str]:
-    """The names that a text file lists, one to a line, with an ending or without."""
+def _read_names(path: str, known, folder: str) -> list[str]:
+    """The names of images that a text file lists, one to a line, with an ending or without."""
     names = {}
     for n, line in enumerate(_read_text(path).splitlines(), 1):
-        name = os.path.splitext(line.strip())
-        name = name[0] if name[1].lower() in PICTURES else line.strip()
-        for files, folder in zip((images, labels), folders):
-            if name and name not in files:
-                raise DataError(f"{path}: line {n}: {name} is no file in {folder}; the name alone is needed")
+        name = line.strip()
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in PICTURES:
+            name = stem
+        if name and name not in known:
+            raise DataError(f"{path}: line {n}: no image in {folder} has the name {name}")
         if name:
-            names[name] = None
+            names[name] = None  # once, in their order
     if not names:
-        raise DataError(f"{path}: names no files; list one to a line")
+        raise DataError(f"{path}: names no images; list one to a line")
     return list(names)
 
 
@@ -404,7 +416,7 @@ def folder_info(root: str | None, files: dict[str, dict], classes: str | None = 
 
     files: by split, the folders `images` and `labels` and the list `names` that `segmentation_dataset` takes
     in place of those under root. classes: the table that `read_classes` reads, by default classes.csv under
-    root; without one the ids in the labels are the classes, all but 255, and stderr says so.
+    root; without one the ids in the labels are the classes, all but 255, and a warning says so.
     Reads every label of these splits; with torch.distributed the first process does it for all.
     Raises DataError for a label with an id or colour that is not listed.
     """
@@ -424,9 +436,11 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
         ids, palette = read_label(path)
         if classes or _one_channel(ids).ndim == 3:
             train.to_classes(path, ids, palette)  # raises where it does not fit the table
-        used = set(np.flatnonzero(np.bincount(_one_channel(ids).ravel())).tolist())
-        painted = {label_id: palette[label_id] for label_id in used} if palette and not info.colours else {}
-        return min(ids.shape[:2]), used, painted
+        used = np.flatnonzero(np.bincount(_one_channel(ids).ravel())).tolist()
+        painted = {}
+        if palette is not None and not info.colours:
+            painted = {label_id: tuple(palette[label_id].tolist()) for label_id in used}
+        return min(ids.shape[:2]), set(used), painted
 
     sides, found, colours = [], set(), {}  # colours: id -> RGB, and the file that has it
     for dataset in splits:
@@ -447,13 +461,19 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
         distinct = len(set(colours.values())) == len(colours)
         info = _info_of(names, colours if distinct else {}, train.root)
         words = f"the ids in the labels are the classes: {', '.join(info.classes)}; 255 is void"
-        print(f"{train.root}: {words}; a classes.csv would name them", file=sys.stderr)
-    side = sorted(sides)[len(sides) // 2] if sides else 512
+        warnings.warn(f"{train.root}: {words}; a classes.csv would name them", stacklevel=3)
+    return _suited(info, side=sorted(sides)[len(sides) // 2] if sides else 512, images=len(train))
+
+
+def _suited(info: DatasetInfo, side: int, images: int) -> DatasetInfo:
+    """With defaults for so many training images, whose short sides have the median `side`."""
     crop = min(max(side // 32 * 32, 32), 768)
     batch = 8 if crop >= 256 else 16 if crop >= 128 else 32
-    return replace(
-        info, crop=crop, short_sides=tuple(max(round(scale * side), 16) for scale in SCALES),
-        batch=max(2, min(batch, len(train))), eval_batch=8 if side <= 512 else 1)
+    while batch > max(images, 2):
+        batch //= 2
+    short_sides = tuple(max(round(scale * side), 16) for scale in SCALES)
+    eval_batch = 8 if side <= 512 else 1
+    return replace(info, crop=crop, short_sides=short_sides, batch=batch, eval_batch=eval_batch)
 
 
 def read_classes(path: str) -> DatasetInfo:
@@ -479,11 +499,14 @@ def read_classes(path: str) -> DatasetInfo:
         rgb = [row.get(channel) or None for channel in ("red", "green", "blue")]
         try:
             label_id, colour = int(row["id"]), tuple(int(c) for c in rgb if c is not None)
+            names_it = bool(row["name"])
         except (KeyError, ValueError):
-            raise DataError(f"{path}: row {n}: {cells} is no id with a name and a colour") from None
+            names_it = False
+        if not names_it:
+            raise DataError(f"{path}: row {n}: {cells} is no id with a name, and a colour or none")
         if label_id in names:
             raise DataError(f"{path}: row {n}: the id {label_id} is listed twice")
-        names[label_id] = row.get("name", "")
+        names[label_id] = row["name"]
         if colour:
             colours[label_id] = colour
         if len(colour) not in (0, 3) or not all(0 <= value <= 255 for value in (label_id, *colour)):
@@ -514,7 +537,8 @@ def _info_of(names: dict[int, str], colours: dict[int, tuple], path: str) -> Dat
 
 # ============ pictures ============
 
-# What an EXIF orientation asks viewers to do.
+# What an EXIF orientation asks viewers to do. (ImageOps.exif_transpose also writes the EXIF anew, and fails
+# on many that are damaged elsewhere.)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -527,7 +551,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """A picture as viewers show it, uint8 [H, W, 3] RGB: turned as its EXIF says, grey of more bits scaled.
 
     Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
-    is missing, damaged, too large, or of values that have no agreed range.
+    is missing, damaged or too large, or has values outside the range of its type.
     """
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
@@ -535,8 +559,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def read_label(path: str | os.PathLike) -> tuple[np.ndarray, list[tuple] | None]:
-    """A label picture -> (ids uint8 [H, W], the 256 colours RGB of its palette or None).
+def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """A label picture -> (ids uint8 [H, W], the colours uint8 [256, 3] of its palette or None).
 
     One that has colours and no palette -> (uint8 [H, W, 3], None). Raises DataError as `read_image` does.
     """
@@ -545,9 +569,8 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, list[tuple] | None]
             return np.array(image.convert("RGB")), None
         ids, palette = np.array(image), None
         if image.mode == "P":
-            stored = image.getpalette("RGB")
-            palette = list(zip(stored[::3], stored[1::3], stored[2::3]))
-            palette += [(0, 0, 0)] * (256 - len(palette))
+            stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+            palette = np.pad(stored, ((0, 256 - len(stored)), (0, 0)))
     if ids.ndim != 2 or image.mode == "F":
         raise DataError(f"{path}: no map of class ids; a PNG with one channel of 8 bits is needed")
     if ids.min() < 0 or ids.max() > 255:
@@ -556,11 +579,12 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, list[tuple] | None]
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width of a picture as seen; its pixels are not read."""
+    """Height and width of a picture as seen; of most formats the pixels are not read for it."""
     with _opened(path, load=False) as image:
         if image.format == "TIFF":  # these Pillow turns itself
             image.load()
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        no_exif = image.format == "PNG" and "exif" not in image.info  # else it would read on to the end
+        turned = not no_exif and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
 
 
@@ -591,7 +615,8 @@ def _opened(path: str | os.PathLike, load: bool = True):
 
 
 def _in_8_bits(image: Image.Image, path) -> Image.Image:
-    """Grey of more than 8 bits -> 8: integers fill their bits, 16 at most, and floating point goes to 1."""
+    """Grey of more than 8 bits -> 8. Integers are taken to go from 0 to the largest of their bits, of 32 bits
+    to that of 16; floats from 0 to 1."""
     values = np.array(image)
     most = 1.0 if image.mode == "F" else 2 ** min(image.info.get(_BITS, (16,))[0], 16) - 1
     if not (values.min() >= 0 and values.max() <= most):  # also where something is NaN
@@ -816,15 +841,18 @@ def read_coco(path: str, masks: bool) -> CocoFile:
     table, packed, flat, ids = array("d"), [], [], set()  # table: 8 numbers for each object
     for n, found in enumerate(objects, 1):
         try:
-            if found.get("id") in ids:
+            if not isinstance(found, dict):
+                raise ValueError("is no record")
+            key = None if found.get("id") is None else _key(found["id"])
+            if key in ids:
                 raise ValueError("has the same id as another")
             record = _clean(found, label, row, sizes)
             outline = _check_outline(found.get("segmentation"), *sizes[record[0]]) if masks else b""
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError) as error:
             name = found.get("id", f"number {n}") if isinstance(found, dict) else f"number {n}"
             raise DataError(f"{path}: annotation {name} {error}") from error
-        if "id" in found:
-            ids.add(found["id"])
+        if key is not None:
+            ids.add(key)
         if record[4] < 1 or record[5] < 1:
             flat.append(found.get("id", f"number {n}"))
         if record[4] > 0 and record[5] > 0:
@@ -1050,15 +1078,13 @@ class CocoImages(Dataset):
             present.update(os.path.relpath(os.path.join(folder, name), self.root) for name in files)
         slashes = [name.replace("\\", "/") for name in names]
         last = [name.rsplit("/", 1)[-1] for name in slashes]
-        for found in (names, slashes, last if len(set(last)) == len(last) else []):
-            found = [os.path.normpath(name) for name in found]
-            if found and present.issuperset(found):
+        for way in [names, slashes] + ([last] if len(set(last)) == len(last) else []):
+            found = [os.path.normpath(name) for name in way]
+            if present.issuperset(found):
                 return found
-        missing = [name for name in names if os.path.normpath(name) not in present]
-        for name in missing:
-            words = f"no such image in {self.root}, but {self.annotations} lists it"
-            raise DataError(f"{os.path.join(self.root, name)}: {words}")
-        return names
+        missing = next(name for name in names if os.path.normpath(name) not in present)
+        words = f"no such image in {self.root}, but {self.annotations} lists it"
+        raise DataError(f"{os.path.join(self.root, missing)}: {words}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -1096,8 +1122,9 @@ class CocoImages(Dataset):
     def coco(self):
         """The truth as pycocotools has it, of the whole file.
 
-        It takes an id of 0 for "not matched" and text for a list: images have their row as id, categories
-        their label, and objects their number, from 1.
+        Boxes are cut at the edges of their image, and what is outside is left out. pycocotools reads an id of
+        0 as "not matched", and a text as a list of ids: so images have their row in the file as id,
+        categories their label, and objects their number, from 1.
         """
         file, annotations = self.file, []
         images = [dict(id=row, height=h, width=w) for row, (h, w) in enumerate(file.sizes.tolist())]

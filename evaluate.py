@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import io
 import itertools
 import json
@@ -57,7 +58,6 @@ from model import (
 from routing import OPEN, fuse
 
 
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     routed = [name for name, variant in VARIANTS.items() if not variant.static]
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=["text", "markdown", "latex"], help="print the table, in this format")
     add("--image", type=Path, help="show this picture, or those in this folder, and do nothing else")
     add("--out", type=Path, metavar="DIR",
-        help="write here in place of beside the checkpoint; of several, in a folder for each")
+        help="folder for what is written, by default the checkpoint's; of several, one in it for each")
     add("--predictions", type=Path, metavar="DIR", help="segmentation: also write label PNGs")
     add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: what is drawn scores as much")
 
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = len(arguments.checkpoint) > 1
     if several and (arguments.image or arguments.predictions):
         parser.error("--image and --predictions take one checkpoint")
-    if bool(arguments.labels) > bool(arguments.images):
+    if arguments.labels and not arguments.images:
         parser.error("--labels: goes with --images, the folder of the pictures")
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
@@ -342,15 +342,15 @@ class SplitResult:
     size: tuple[int, int]  # height and width at which the first image was run
     metrics: dict  # the task's own scores
     table: str  # the same, as text
+    detections: list[dict] | None = None  # in COCO's results format, where they were computed now
 
 
 def measure(arguments, model, checkpoint: dict, dataset, process: Process):
-    """What `dataset` gives, and the files to write of it, by name the function that `keep` takes.
+    """What `dataset` gives, and a function for `keep` that saves it; None where it had been kept.
 
-    It is computed, or was kept and counts for the same files, unchanged, and the same flags; only one process
-    alone takes what was kept.
+    What is kept counts for the same files, unchanged, and the same flags; only one process alone takes it.
     """
-    kept_in = f"{checkpoint['path'].stem}.{arguments.split}.activations"
+    kept_in = kept_name(arguments, checkpoint["path"])
     names = ("variant", "dataset", "data", "json", "images", "labels", "limit", "eval_batch")
     origin = {name: getattr(arguments, name) for name in names}
     for file in filter(None, [checkpoint["path"], arguments.json]):
@@ -361,11 +361,15 @@ def measure(arguments, model, checkpoint: dict, dataset, process: Process):
         if wanted and process.world == 1 and (folder / kept_in).is_file():
             kept = read_file(folder / kept_in, "kept activations; remove it")
             if kept.get("origin") == origin:
-                return SplitResult(**kept["result"]), {}
+                return SplitResult(**kept["result"]), None
     score = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
-    result, files = score(arguments, model, checkpoint, dataset, process)
-    contents = {"origin": origin, "result": vars(result)}
-    return result, files | {kept_in: lambda file: torch.save(contents, file)}
+    result = score(arguments, model, checkpoint, dataset, process)
+    contents = {"origin": origin, "result": vars(result) | {"detections": None}}
+    return result, lambda file: torch.save(contents, file)
+
+
+def kept_name(arguments: argparse.Namespace, checkpoint: Path) -> str:
+    return f"{checkpoint.stem}.{arguments.split}.activations"
 
 
 def told_apart(name: str, checkpoint: Path, split: str) -> str:
@@ -375,16 +379,18 @@ def told_apart(name: str, checkpoint: Path, split: str) -> str:
     return "-".join([stem, *told]) + "." + ending
 
 
-UNWRITTEN: list[Path] = []  # by this command
+UNWRITTEN: list[Path] = []  # by this command, in this process
 
 
-def keep(path: Path, write) -> bool:
+def keep(path: Path, write, say: bool = True) -> bool:
     """Writes a file as `write_file` does, and where it cannot says so: what was computed is worth more."""
     try:
+        make_folder(path.parent, "folder")
         write_file(path, write)
         return True
     except InputError as error:
-        print(error, file=sys.stderr)
+        if say:
+            print(error, file=sys.stderr)
         UNWRITTEN.append(path)
         return False
 
@@ -419,8 +425,7 @@ def as_alpha(A: Tensor, checkpoint: dict) -> Tensor:
     return F.relu(torch.tanh(A)) if gate_space(checkpoint) == "logit" else A
 
 
-def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Process):
-    """-> the result, and the files to be written: none."""
+def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
     classes, split = checkpoint["classes"], arguments.split
     batch = arguments.eval_batch or dataset.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
@@ -435,11 +440,10 @@ def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Pro
     mean = "no labels" if miou is None else f"{miou:.2f}"
     lines.append(f"{'mean':{width}}{mean:>12}   over {len(result.A)} images")
     size = tuple(dataset[0][0].shape[-2:])
-    return SplitResult(result.A, result.flops, size, {"miou": miou, "iou": iou}, "\n".join(lines)), {}
+    return SplitResult(result.A, result.flops, size, {"miou": miou, "iou": iou}, "\n".join(lines))
 
 
-def score_detection(arguments, model, checkpoint: dict, dataset, process: Process):
-    """-> the result, and the files to be written: the detections, in COCO's results format."""
+def score_detection(arguments, model, checkpoint: dict, dataset, process: Process) -> SplitResult:
     batch = arguments.eval_batch or checkpoint["config"]["eval_batch"]
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     result = evaluate_detection(model, loader, dataset, process, gate_space(checkpoint))
@@ -450,25 +454,22 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
             scores, table = average_precision(dataset, result.detections, kind)
             metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
         tables.append(f"{name}, {arguments.split}, by pycocotools, over {len(result.A)} images\n{table}")
-    name = told_apart("detections.json", checkpoint["path"], arguments.split)
-    files = {name: write_json(result.detections)}
     size = model.prepare([data.as_float(dataset[0][0]).to(process.device)])[0].image_sizes[0]
-    return SplitResult(result.A, result.flops, tuple(size), metrics, "\n".join(tables)), files
+    table = "\n".join(tables)
+    return SplitResult(result.A, result.flops, tuple(size), metrics, table, result.detections)
 
 
 def prediction_writer(folder: Path, dataset):
-    """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name, until one
-    cannot be written."""
+    """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name."""
     label_of_class = torch.arange(256, dtype=torch.uint8)
     for label, class_id in dataset.info.label_ids.items():
         if class_id != data.IGNORE:
             label_of_class[class_id] = label
 
     def save(index: int, prediction: Tensor) -> None:
-        if not UNWRITTEN:
-            path = (folder / dataset.image_name(index)).with_suffix(".png")
-            picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
-            keep(path, lambda file: picture.save(file, "png"))
+        path = (folder / dataset.image_name(index)).with_suffix(".png")
+        picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
+        keep(path, lambda file: picture.save(file, "png"), say=not UNWRITTEN)  # one line for all
 
     return save
 
@@ -522,13 +523,10 @@ class RunResult:
 
 
 def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
-    """Evaluates on a split; the first process reports and then writes files.
-
-    Where no table is asked for it also draws the experts.
-    """
+    """Evaluates on a split; the first process reports, and then writes files."""
     model, checkpoint = open_checkpoint(arguments, path, process)
     dataset = open_split(arguments, checkpoint)
-    result, files = measure(arguments, model, checkpoint, dataset, process)
+    result, save_result = measure(arguments, model, checkpoint, dataset, process)
     clusters = checkpoint["clusters"]
     if model.dim and clusters is None:
         if process.rank == 0:
@@ -557,16 +555,22 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
         print(f"{path}: {scores}", file=sys.stderr)
     else:
         print_report(run)
-    files[told_apart("metrics.json", path, arguments.split)] = write_json(run.metrics, indent=2)
+    folder, found = arguments.folders[path], result.detections
+    result.detections = None  # of many checkpoints they would take a lot of memory
+    files = {}  # name: a function for `keep`
+    if found is not None:
+        files["detections.json"] = write_json(found)
+    files["metrics.json"] = write_json(run.metrics, indent=2)
     if clusters is not None and not arguments.table:
         viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
-        figure = draw_experts(run, [run], viewer)
-        name = told_apart("experts.png", path, arguments.split)
-        files[name] = lambda file: figure.savefig(file, format="png", dpi=130)
-    for name, write in files.items():
-        target = arguments.folders[path] / name
-        if keep(target, write) and not arguments.table and target.suffix != ".activations":
-            print(f"wrote {target}")
+        experts = functools.partial(draw_experts, run, [run], viewer)  # after the other files
+        files["experts.png"] = lambda file: experts().savefig(file, format="png", dpi=130)
+    if save_result:
+        keep(folder / kept_name(arguments, path), save_result)
+    for n, (name, write) in enumerate(files.items()):
+        target = folder / told_apart(name, path, arguments.split)
+        if keep(target, write) and not arguments.table:
+            print("\n" * (n == 0) + f"wrote {target}")
     return run
 
 
@@ -755,17 +759,22 @@ def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> list
     source = arguments.image
     if source.is_file():
         return [source]
-    written_to = [folder.resolve() for folder in written_to]
+    inside = [folder.resolve() for folder in written_to if folder.resolve().is_relative_to(source.resolve())]
+    if source.resolve() in inside:
+        raise InputError(f"--image {source}: what is written would be read next time; name another --out")
     paths = []
     for path in sorted(source.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        ours = any(path.resolve().is_relative_to(folder) for folder in written_to)
+        ours = any(path.resolve().is_relative_to(folder) for folder in inside)
         if path.suffix.lower() in data.PICTURES and path.is_file() and not hidden and not ours:
             paths.append(path)
     if not paths:
         wanted = f"no picture, nor a folder with pictures in it ({' '.join(data.PICTURES)})"
-        raise InputError(f"--image {source}: {wanted}; what --out names is not looked at")
+        raise InputError(f"--image {source}: {wanted}")
     return paths
+
+
+TOO_LARGE = re.compile("out of memory|allocate memory")  # in what torch says
 
 
 def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
@@ -773,7 +782,7 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
 
     Raises InputError, at the end, where one could not be read or is too large for the memory.
     """
-    source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], 0
+    source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], []
     if not arguments.out:
         folder = folder / "overlays"
     paths = list_pictures(arguments, [path for path in (folder, arguments.figures) if path])
@@ -783,12 +792,14 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
             image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
             out, overlay, words = describe_picture(viewer, image)
         except (data.DataError, RuntimeError, MemoryError) as error:
-            too_large = isinstance(error, MemoryError) or "memory" in str(error)
-            if not too_large and not isinstance(error, data.DataError):
-                raise
-            words = f"{path}: needs more memory than there is; scale it down, or cut it into parts"
-            print(words if too_large else error, file=sys.stderr)
-            failed += 1
+            if not isinstance(error, data.DataError):
+                if not isinstance(error, MemoryError) and not TOO_LARGE.search(str(error)):
+                    raise
+                error = f"{path}: needs more memory than there is; scale it down, or cut it into parts"
+            if len(paths) == 1:
+                raise InputError(error) from None
+            print(error, file=sys.stderr)
+            failed.append(path)
             continue
         target = folder / inside.with_name(inside.name + ".png")
         print(f"{path}: {words} -> {target}", flush=True)
@@ -800,7 +811,8 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
             routes_panel(right, grid_of(viewer.model), out.A[0].cpu(), COLORS[0], f"{path.name}: {words}")
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
     if failed:
-        raise InputError(f"--image {source}: {failed} of {len(paths)} pictures could not be shown, see above")
+        which = ", ".join(map(str, failed[:3])) + (" ..." if failed[3:] else "")
+        raise InputError(f"--image {source}: {len(failed)} of {len(paths)} pictures are not shown: {which}")
 
 
 def describe_picture(viewer: Viewer, image: Tensor):
@@ -1546,7 +1558,7 @@ FIGURES_OF_ALL = {
 @one_line_errors(InputError, data.DataError, OSError)
 def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     """The command; `process` where one has been started already."""
-    os.environ["MPLBACKEND"] = "agg"  # figures become files: whatever the variable says is for windows
+    os.environ["MPLBACKEND"] = "agg"  # figures become files; a backend for windows may not be there
     import matplotlib
 
     arguments = parse(argv)
@@ -1566,16 +1578,18 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
         report(arguments, process)
     asked_for = arguments.figures or arguments.predictions or arguments.out
     if UNWRITTEN and asked_for:
-        raise InputError(f"{len(UNWRITTEN)} files could not be written, see above")
+        raise InputError(f"{UNWRITTEN[0]}: could not be written ({len(UNWRITTEN)} such files)")
 
 
 def report(arguments: argparse.Namespace, process: Process) -> None:
     runs = []
     if not arguments.image:
         runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
-    if dist.is_initialized():  # the first process does the rest alone
+    if dist.is_initialized():  # the first process does the rest alone, and answers for all
+        UNWRITTEN[:] = gather_rows(UNWRITTEN, process)
         dist.destroy_process_group()
     if process.rank > 0:
+        UNWRITTEN.clear()
         return
     if arguments.image:
         model, checkpoint = open_checkpoint(arguments, arguments.checkpoint[0], process)

@@ -423,15 +423,16 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
 def _best_matching(table: list[list[int]]) -> list[int]:
     """For each row a column of its own, or -1 where there are more rows, so that the entries' sum is largest.
 
-    The Hungarian algorithm: rows come in one after another, each along the cheapest path of exchanges, which
-    prices on rows and columns keep from being negative (Jonker and Volgenant, 1987). O(rows² columns).
+    The Hungarian algorithm as Jonker and Volgenant (1987) have it: each row in turn takes the column that it
+    reaches by the cheapest chain of exchanges among the rows before it. O(rows² · columns).
     """
     rows, columns = len(table), max(len(table), len(table[0]))
     cost = [[-value for value in row] + [0] * (columns - len(row)) for row in table]
-    of_row, of_column, owner = [0] * rows, [0] * columns, [-1] * columns  # prices; the row that has a column
+    of_row, of_column = [0] * rows, [0] * columns  # prices: cost less both is never negative
+    owner = [-1] * columns  # the row that has a column
     for new in range(rows):
         distance, before, done = [math.inf] * columns, [-1] * columns, [False] * columns
-        row, column, length = new, -1, 0  # of the path so far
+        row, column, length = new, -1, 0  # where the chain ends, and what it costs
         while row >= 0:
             for j in range(columns):
                 further = length + cost[row][j] - of_row[row] - of_column[j]
@@ -444,7 +445,7 @@ def _best_matching(table: list[list[int]]) -> list[int]:
                 of_row[owner[j]] += length - distance[j]
                 of_column[j] -= length - distance[j]
         of_row[new] += length
-        while column >= 0:  # exchange along the path
+        while column >= 0:  # exchange along the chain
             owner[column] = owner[before[column]] if before[column] >= 0 else new
             column = before[column]
     match = [-1] * rows

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -488,7 +489,6 @@ def write_file(path: Path, write) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
@@ -497,7 +497,7 @@ def write_file(path: Path, write) -> None:
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        words = f"could not be written ({reason}); what was there is kept; make room, or name another --out"
+        words = f"could not be written ({reason}); what was there is kept; make room, or write elsewhere"
         raise InputError(f"{path}: {words}") from None
     finally:  # also after Ctrl-C
         with suppress(OSError):
@@ -731,15 +731,21 @@ def number(kind: type, least: float, most: float = math.inf):
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]):
-    """Inside it, an exception of `kinds` becomes one line on stderr and exit status 2; Ctrl-C, 130."""
+    """Inside it, an exception of `kinds` becomes one line on stderr and exit status 2; Ctrl-C, 130.
+
+    A warning is one line too.
+    """
+    script = Path(sys.argv[0]).name
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *place: print(f"{script}: {message}", file=sys.stderr)
+            yield
     except (*kinds, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         message = "interrupted" if interrupted else error
         for bar in list(getattr(tqdm, "_instances", ())):  # else they would be drawn again, after the line
             bar.close()
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{script}: {message}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 2) from None
 
 

@@ -21,6 +21,7 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -1415,17 +1416,17 @@ def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
 VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (224, 224, 192)]
 
 
-def test_a_tree_like_vocs_is_read_by_lists_with_its_palette_and_255_void(capsys):
+def test_a_tree_like_vocs_is_read_by_lists_with_its_palette_and_255_void():
     folders = dict(images="VOC/JPEGImages", labels="VOC/SegmentationClass")
     made = write_folder(*folders.values(), "abcdef", "P", 4, VOC, ids=[0, 1, 2, 255])
     Image.new("RGB", (9, 9)).save("VOC/JPEGImages/unlabelled.jpg")
-    refuses(lambda: data.folder_info(None, {"train": folders}), "unlabelled.jpg", "no label", "--train-list")
+    refuses(lambda: data.folder_info(None, {"train": folders}), "unlabelled.jpg", "no label", "lists")
     Path("train.txt").write_text("a\nb\r\nc.jpg\n\nd\n")
     Path("val.txt").write_text("e\nf")
     files = {split: folders | {"names": f"{split}.txt"} for split in ("train", "val")}
-    info = data.folder_info(None, files)
+    with pytest.warns(UserWarning, match="0, 1, 2; 255 is void"):
+        info = data.folder_info(None, files)
     assert (info.classes, info.palette) == (("0", "1", "2"), tuple(VOC[:3]))
-    assert "0, 1, 2; 255 is void" in capsys.readouterr().err
     for split, names in (("train", "abcd"), ("val", "ef")):
         opened = data.segmentation_dataset("folder", None, split, False, info=info, **files[split])
         check_masks(opened, {name: made[name] for name in names}, void=[3])
@@ -1433,11 +1434,39 @@ def test_a_tree_like_vocs_is_read_by_lists_with_its_palette_and_255_void(capsys)
     for split in ("train", "val"):
         flags += f" --{split}-images VOC/JPEGImages --{split}-labels VOC/SegmentationClass"
         flags += f" --{split}-list {split}.txt"
-    succeeds(train_seg.main, flags)
+    assert "0, 1, 2; 255 is void" in succeeds(train_seg.main, flags)
     succeeds(evaluate.main, "runs/voc/last.pt --predictions out", QUIET)
     assert sorted(os.listdir("out")) == ["e.png", "f.png"]
+    assert set(np.array(Image.open("out/e.png")).ravel()) <= {0, 1, 2}
+    Path("other.csv").write_text("id,name\n0,0\n1,ignore\n2,1\n3,2\n")  # the same names for other ids
+    refuses(lambda: run(train_seg.main, flags, "--resume --classes other.csv"), "--resume", "ids")
     Path("train.txt").write_text("a\nz\n")
     refuses(lambda: data.folder_info(None, files), "train.txt: line 2", "z")
+    for path in Path("VOC/JPEGImages").iterdir():  # with endings that differ, lists have the images' names
+        path.rename(path.with_stem(f"{path.stem}_img"))
+    for path in Path("VOC/SegmentationClass").iterdir():
+        path.rename(path.with_stem(f"{path.stem}_mask"))
+    Path("train.txt").write_text("b_img.jpg\n")
+    opened = data.segmentation_dataset("folder", None, "train", False, info=info, **files["train"])
+    assert [tuple(Path(path).stem for path in pair) for pair in opened.pairs] == [("b_img", "b_mask")]
+    shutil.rmtree("VOC/SegmentationClass")
+    opened = data.segmentation_dataset("folder", None, "test", False, info=info, **files["train"])
+    assert len(opened) == 1 and not opened.has_truth
+    refuses(lambda: data.segmentation_dataset("folder", None, "train", False, **files["train"]), "info")
+
+
+def test_the_classes_of_a_folder_are_those_of_all_its_splits():
+    for split, names in (("train", "ab"), ("val", "c")):
+        write_folder(f"own/images/{split}", f"own/labels/{split}", names)
+    Image.new("L", (64, 48), 7).save("own/labels/val/c.png")
+    Image.new("RGB", (70, 48)).save("own/images/train/b.jpg")
+    Image.new("L", (70, 48), 2).save("own/labels/train/b.png")
+    with pytest.warns(UserWarning, match="0, 1, 2, 7;"):
+        val = data.segmentation_dataset("folder", "own", "val", train=False)
+    assert val.info.classes == ("0", "1", "2", "7") and (val[0][1] == 3).all()
+    assert val.eval_batch == 8
+    train = data.segmentation_dataset("folder", "own", "train", train=False, info=val.info)
+    assert train.eval_batch == 1  # sizes differ
 
 
 def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
@@ -1474,7 +1503,7 @@ def test_folders_are_read_as_labelling_tools_write_them():
     lines = "# label:color_rgb:parts:actions\napple:164,101,10::\nbackground:0,0,0::\npear:60,155,244::\n"
     Path("labelmap.txt").write_text(lines)
     own = dict(images="cvat/JPEGImages", labels="cvat/SegmentationClass")
-    refuses(lambda: data.folder_info(None, {"train": own}), "a.png", "colours", "classes.csv")
+    refuses(lambda: data.folder_info(None, {"train": own}), "a.png", "colour", "classes.csv")
     info = data.folder_info(None, {"train": own}, "labelmap.txt")
     assert (info.classes, info.palette) == (("apple", "background", "pear"), tuple(colours))
     check_masks(data.segmentation_dataset("folder", None, "train", False, info=info, **own), made)
@@ -1492,7 +1521,9 @@ def test_folders_are_read_as_labelling_tools_write_them():
 
     made = write_folder("super/img", "super/masks", "ab", "RGB", 3, [(i, i, i) for i in range(3)])
     own = dict(images="super/img", labels="super/masks")  # Supervisely: the id in each channel
-    check_masks(data.segmentation_dataset("folder", None, "train", False, **own), made)
+    with pytest.warns(UserWarning, match="0, 1, 2"):
+        info = data.folder_info(None, {"train": own})
+    check_masks(data.segmentation_dataset("folder", None, "train", False, info=info, **own), made)
 
 
 def quantized(ids, colours):
@@ -1529,7 +1560,7 @@ def test_labels_that_are_void_all_over_are_refused_before_training():
     write_camvid()
     for i in range(12):
         Image.new("L", (96, 64), 11).save(f"camvid/valannot/{i:02d}.png")
-    refuses(lambda: run(train_seg.main, TINY_SEG, "--iters 2 --name void"), "valannot/00.png", "void")
+    refuses(lambda: run(train_seg.main, TINY_SEG, "--iters 2 --name void"), "val/00.png", "void")
     assert not os.path.exists("runs")
     text = evaluate.as_json({"miou": math.nan, "iou": [math.inf, 0.5]})
     assert json.loads(text) == {"miou": None, "iou": [None, 0.5]}
@@ -1581,6 +1612,14 @@ def test_boxes_and_masks_stay_on_the_object_of_a_turned_picture():
     refuses(lambda: open_coco()[0], "80x60 pixels as seen", "60x80")
 
 
+def tag_of(contents, number):
+    """Where the value of a tag stands in a little-endian TIFF of one directory."""
+    start, = struct.unpack_from("<I", contents, 4)
+    count, = struct.unpack_from("<H", contents, start)
+    places = range(start + 2, start + 2 + 12 * count, 12)
+    return next(place + 8 for place in places if struct.unpack_from("<H", contents, place) == (number,))
+
+
 def test_more_than_8_bits_are_scaled_or_refused_by_name():
     grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
     expected = np.rint(grey / 257)
@@ -1595,13 +1634,20 @@ def test_more_than_8_bits_are_scaled_or_refused_by_name():
         assert Image.open(name).mode[0] in "IF"
         read = data.read_image(name)
         assert read.shape == (4, 64, 3) and np.abs(read - expected[..., None]).max() == 0
-    twelve_bits.save("e.tif")
-    with Image.open("e.tif") as picture:
-        picture.load()
-        picture.info[258] = (12,)  # what the tag of a picture of 12 bits says
-        assert np.abs(np.array(data._in_8_bits(picture, "e.tif")) - expected).max() <= 1
-        picture.info[262] = 0  # white is zero
-        assert np.abs(255 - np.array(data._in_8_bits(picture, "e.tif")) - expected).max() <= 1
+    for bits, white_is_zero in ((12, False), (16, True)):
+        (twelve_bits if bits == 12 else Image.fromarray(grey)).save("e.tif")
+        contents = bytearray(Path("e.tif").read_bytes())
+        if bits == 12:  # two numbers to three bytes, which Pillow reads and does not write
+            rows = (grey >> 4).astype(int).reshape(4, 32, 2)
+            high, low = rows[..., 0], rows[..., 1]
+            packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1).astype(np.uint8)
+            start = struct.unpack("<I", contents[tag_of(contents, 273) :][:4])[0]
+            contents[start : start + packed.size] = packed.tobytes()
+            struct.pack_into("<H", contents, tag_of(contents, 258), 12)
+        struct.pack_into("<H", contents, tag_of(contents, 262), 0 if white_is_zero else 1)
+        Path("e.tif").write_bytes(contents)
+        read = data.read_image("e.tif")[..., 0].astype(int)
+        assert np.abs((255 - read if white_is_zero else read) - expected).max() <= 1, (bits, white_is_zero)
     signed, floating = grey.astype(np.int32), grey.astype(np.float32)
     for values in (signed - 9, signed * 9, floating, floating * np.float32("nan")):
         Image.fromarray(values).save("f.tif")
@@ -2036,6 +2082,9 @@ def test_names_of_files_may_be_written_as_on_windows_or_with_other_folders_in_fr
         for folder in ("coco/train2017", "coco")[: 1 + front.startswith("train")]:
             dataset = open_coco(images=folder)
             assert [Path(dataset.image_name(i)).name for i in range(2)] == names and len(dataset[0]) == 3
+    contents["images"][0]["file_name"] = contents["images"][1]["file_name"].replace("images", "others")
+    file.write_text(json.dumps(contents))
+    refuses(open_coco, "others")  # two of one name, were it not for the folders
     contents["images"][0]["file_name"] = "images/gone.jpg"
     file.write_text(json.dumps(contents))
     refuses(open_coco, "images/gone.jpg")
@@ -2367,12 +2416,15 @@ def test_a_folder_of_pictures_is_done_but_for_those_that_cannot_be_read(trained)
         assert out.getvalue().count("GFLOPs") == 3
         assert sorted(map(str, Path("in/out").rglob("*.png"))) == [
             "in/out/a.png.png", "in/out/sub/b.PNG.png", "in/out/z.tif.png"]
-    os.mkdir(".cache")
-    refuses(lambda: run(evaluate.main, f"seg/last.pt {QUIET} --image .cache"), "--image .cache", "no pict")
+    succeeds(evaluate.main, f"seg/last.pt {QUIET} --image in/sub --out .")  # above the pictures is fine
+    assert os.path.exists("b.PNG.png")
+    for flags, word in [
+        ("in/sub --out in/sub", "--out"), ("in/none", "no picture"), ("in/cut.jpg", "cut.jpg: cannot"),
+    ]:
+        refuses(lambda: run(evaluate.main, f"seg/last.pt {QUIET} --image", flags), word)
 
 
-def test_what_cannot_be_written_costs_no_result(trained, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "module://a_window_that_is_not_there")
+def test_what_cannot_be_written_costs_no_result(trained):
     shutil.copytree(trained / "runs" / "seg", "seg")
     for name in ("metrics.json", "experts.png", "last.val.activations"):
         Path("seg", name).unlink(missing_ok=True)
@@ -2394,6 +2446,31 @@ def test_what_cannot_be_written_costs_no_result(trained, monkeypatch):
         run(evaluate.main, "seg/last.pt --figures blocked --out elsewhere", QUIET)
     assert stopped.value.code == 2 and str(blocked) in refused.getvalue()
     assert os.path.exists("blocked/routes-seg.png")
+    os.makedirs("preds/val/03.png")
+    spawn(predict_what_cannot_be_written)
+    assert Path("status-0").read_text() == "2" and Path("status-1").read_text() == "None"
+    assert Path("printed-0").read_text().startswith("checkpoint seg/last.pt")
+    assert len([path for path in Path("preds/val").iterdir() if path.is_file()]) == 11
+
+
+def predict_what_cannot_be_written(rank):
+    """Two processes evaluate; the second cannot write image 3."""
+    status = None
+    with open(f"printed-{rank}", "w") as out, contextlib.redirect_stdout(out):
+        try:
+            run(evaluate.main, "seg/last.pt --predictions preds", QUIET)
+        except SystemExit as stopped:
+            status = stopped.code
+    Path(f"status-{rank}").write_text(str(status))
+
+
+def test_figures_need_no_window(trained):
+    shutil.copytree(trained / "runs" / "seg", "seg")
+    os.symlink(trained / "camvid", "camvid")
+    command = [sys.executable, HERE / "evaluate.py", "seg/last.pt", *QUIET.split()]
+    variables = os.environ | {"MPLBACKEND": "a_window_that_is_not_there"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "wrote seg/experts.png" in done.stdout, done.stderr
 
 
 def made_up_run(name, miou, seed=0, variant="divdr-a", k=3, gate="small", kmeans_every=50):

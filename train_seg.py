@@ -84,14 +84,19 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     config = parser.parse_args(argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
-    own = {f"{split}-{name}": path for split, own in own_files(config).items() for name, path in own.items()}
-    given = [flag for flag, path in (own | {"classes": config.classes}).items() if path]
-    needed = [flag for flag in own if not flag.endswith("names") and flag not in given]
+    check_own_files(parser, config)
+    return complete(config, recipes)
+
+
+def check_own_files(parser: Parser, config: argparse.Namespace) -> None:
+    """The flags of --dataset folder: of no other data set, and enough of them."""
+    flags = [f"{split}-{what}" for split in ("train", "val") for what in ("images", "labels", "list")]
+    given = [flag for flag in (*flags, "classes") if getattr(config, flag.replace("-", "_"))]
+    needed = [flag for flag in flags if flag not in given and not flag.endswith("list")]
     if given and config.dataset != "folder":
         parser.error(f"--{given[0]}: goes with --dataset folder alone")
     if needed and config.dataset == "folder" and not config.data:
         parser.error(f"--dataset folder: needs --data DIR, or else --{needed[0]} too")
-    return complete(config, recipes)
 
 
 def own_files(config: argparse.Namespace) -> dict[str, dict[str, str | None]]:
@@ -404,8 +409,8 @@ def check_labels(train_set, val_set) -> None:
     """Raises InputError where nothing can be learned, or nothing evaluated: mIoU would be nan."""
     for split, dataset in (("train", train_set), ("val", val_set)):
         if not dataset.has_truth:
-            words = "every pixel in the labels is void; correct their ids"
-            raise InputError(f"{dataset.pairs[0][1]}: as in all of {split}, {words}")
+            words = f"as in every label of {split}, all pixels are void; correct the ids"
+            raise InputError(f"{dataset.image_name(0)}: {words}")
 
 
 # ============ what both training loops share: the network ============
@@ -661,6 +666,8 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
         raise InputError(f"--name {config.name}: {words}")
     if saved["classes"] != classes or len(saved["bank"]["values"]) != len(train_set):
         raise InputError(f"--resume: {folder} was started on other data; choose another --name")
+    if saved.get("info") and saved["info"]["label_ids"] != train_set.info.label_ids:
+        raise InputError(f"--resume: {folder} was started with other ids of the classes; repeat their table")
     for name in ("init", "lr", "gate_lr"):  # these need not be repeated
         if getattr(config, name) is None:
             setattr(config, name, saved["config"][name])
