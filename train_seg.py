@@ -664,8 +664,11 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     if config.resume is None:
         words = f"{folder} holds a run already; go on with --resume, or choose another name"
         raise InputError(f"--name {config.name}: {words}")
-    if saved["classes"] != classes or len(saved["bank"]["values"]) != len(train_set):
-        raise InputError(f"--resume: {folder} was started on other data; choose another --name")
+    for what, same in (
+        ("data", len(saved["bank"]["values"]) == len(train_set)), ("classes", saved["classes"] == classes)
+    ):
+        if not same:
+            raise InputError(f"--resume: {folder} was started with other {what}; choose another --name")
     if saved.get("info") and saved["info"]["label_ids"] != train_set.info.label_ids:
         raise InputError(f"--resume: {folder} was started with other ids of the classes; repeat their table")
     for name in ("init", "lr", "gate_lr"):  # these need not be repeated
