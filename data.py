@@ -277,8 +277,8 @@ class LabelledImages(Dataset):
             mask = self.class_of_colour[_code(ids)] if colours else np.full(ids.shape[:2], _UNKNOWN)
             if (mask == _UNKNOWN).any():
                 colour = tuple(ids[mask == _UNKNOWN][0].tolist())
-                words = f"the colour {colour} is not one of {self.info.name}'s; list it in classes.csv"
-                raise DataError(f"{path}: no ids in one channel, and {words}")
+                words = f"has the colour {colour}, and no ids in one channel"
+                raise DataError(f"{path}: {words}; list the colours of the classes in classes.csv")
             return mask
         if palette is not None and colours:
             class_of_id = self._by_palette(path, ids, palette)

@@ -25,7 +25,9 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1489,6 +1491,8 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
         ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"), ("id,name\n1,a\nx,b\n", "row 3"),
         ("id,name\n1,a\n256,b\n", "row 3"), ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"),
         ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9\n", "row 3"), ("", "id,name"),
+        ("id,name,rot\n1,a,9\n2,b,9\n", "rot"), ("id,name\n1,a\n2,\n", "row 3"),
+        ("id,name\n1,a\n2,'" + "b" * 200_000, "classes.csv"),
     ]:
         Path("ade/classes.csv").write_text(text)
         refuses(lambda: data.folder_info("ade", files), words)
@@ -1554,6 +1558,59 @@ def test_a_palette_in_another_order_goes_by_colour_or_is_refused():
     label = Path("own/labels/train/b.png")
     quantized(np.array(Image.open(label)), VOC).save(label)
     refuses(lambda: data.folder_info("own", {"train": {}}), label, "a.png", "palette")  # which is right?
+
+
+def test_labels_that_cannot_hold_ids_are_refused_and_packed_ones_are_unpacked():
+    write_camvid()
+    label = Path("camvid/trainannot/00.png")
+    ids = np.array(Image.open(label))
+    rows = np.repeat(ids.astype(">u2")[..., None], 3, axis=2)  # 16 bits to a channel, the id in each
+    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)
+    for depth, kind, body in ((16, 2, scanlines), (4, 0, pack_bits(ids, 4)), (2, 0, pack_bits(ids & 3, 2))):
+        header = struct.pack(">IIBBBBB", 96, 64, depth, kind, 0, 0, 0)
+        write_png(label, header, body)
+        if kind == 2:
+            refuses(lambda: open_files("camvid", "camvid")[0], label, "16 bits")
+        else:
+            same = np.where(ids == 11, data.IGNORE, ids) if depth == 4 else ids & 3
+            assert np.array_equal(open_files("camvid", "camvid")[0][1].numpy(), same)
+    Image.fromarray(ids).save("inside.jpg")
+    shutil.copy("inside.jpg", label)
+    refuses(lambda: open_files("camvid", "camvid")[0], label, "JPEG")
+
+
+def pack_bits(ids, bits):
+    """Scanlines of a grey PNG with so many bits to a pixel."""
+    planes = np.unpackbits(ids[..., None], axis=2)[..., 8 - bits :]
+    return b"".join(b"\0" + row.tobytes() for row in np.packbits(planes.reshape(len(ids), -1), axis=1))
+
+
+def write_png(path, header, scanlines):
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines)), (b"IEND", b""))
+    written = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        written += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    Path(path).write_bytes(written)
+
+
+def test_files_pair_by_what_names_mean_and_links_end():
+    made = write_folder("a/img", "a/lab", ["x_1", "y_1"])
+    for path in Path("a/lab").iterdir():
+        path.rename(path.with_stem(path.stem.replace("_1", "_7")))
+    info = data._info_of({0: "a", 1: "b", 2: "c"}, {}, "here")
+    own = dict(images="a/img", labels="a/lab")
+    refuses(lambda: data.segmentation_dataset("folder", None, "train", False, info=info, **own), "no label")
+    for path in Path("a/lab").iterdir():
+        path.rename(path.with_stem(unicodedata.normalize("NFD", path.stem.replace("_7", "_é"))))
+    for path in Path("a/img").iterdir():
+        path.rename(path.with_stem(path.stem.replace("_1", "_é")))
+    for folder in own.values():
+        os.symlink(".", f"{folder}/again")
+        Path(folder, ".hidden.png").write_text("")
+        os.mkdir(f"{folder}/folder.png")
+    opened = data.segmentation_dataset("folder", None, "train", False, info=info, **own)
+    check_masks(opened, {name.replace("_1", "_é"): mask for name, mask in made.items()})
 
 
 def test_labels_that_are_void_all_over_are_refused_before_training():
@@ -2037,7 +2094,9 @@ def test_numbers_may_be_text_and_boxes_end_with_their_image():
     for name, value in [("bbox", "1234"), ("bbox", [1, 2, "x", 4]), ("iscrowd", "no"), ("area", "nan"),
                         ("area", [1]), ("image_id", None), ("category_id", {}), ("bbox", None)]:
         refuses(lambda: read_annotations(contents, **{name: value}), "own.json: annotation 1 ")
-    for size in (0, "wide", None, 60.5, -3):
+    for area in (-1, 0, 1e300):  # no area of a mask in this box
+        assert read_annotations(contents, area=area).areas.equal(plain.areas)
+    for size in (0, "wide", None, 60.5, -3, 1e30, 10**30):
         images = [contents["images"][0] | dict(width=size), *contents["images"][1:]]
         refuses(lambda: read_annotations(contents | dict(images=images)), "image 100", "width")
 
@@ -2061,13 +2120,18 @@ def test_run_lengths_must_make_up_their_image():
         for wrong in [
             lengths[:-1], [*lengths, 1], [-1, 1, *lengths], [*lengths[:-1], lengths[-1] - 700],
             ["x"], [[1]], 5, [4801], [2**70], [None], text[:-1], text + "1", text + "a", text + "o" * 9, "é",
+            4800, [lengths], [lengths[0] + 0.5, lengths[1] - 0.5, *lengths[2:]], [math.inf], [math.nan],
         ]:
             segmentation = dict(size=[60, 80], counts=wrong)
             refuses(lambda: read_annotations(contents, True, segmentation=segmentation), "annotation 1 ")
+    for nothing in ([4800], rle.encode(np.zeros((60, 80), np.uint8, "F"))["counts"].decode()):
+        file = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=nothing))
+        assert file.flat == [1] and not len(file.boxes)
     corners = [5, 5, 30, 5, 30, 30]
     flat = read_annotations(contents, True, segmentation=corners)  # one polygon without brackets of its own
     assert flat.segmentation(0) == [corners]
-    for wrong in ([[5, 5, 30, 5, 30, float("nan")]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
+    far, nan = [n // 2 % 2 * 9e4 for n in range(2000)], float("nan")
+    for wrong in ([far], [[5, 5, 30, 5, 30, nan]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
         refuses(lambda: read_annotations(contents, True, segmentation=wrong), "annotation 1", "--masks")
 
 
@@ -2090,6 +2154,7 @@ def test_names_of_files_may_be_written_as_on_windows_or_with_other_folders_in_fr
     refuses(open_coco, "images/gone.jpg")
 
 
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_what_is_painted_as_a_crowd_is_said():
     contents = write_coco()
     for n, annotation in enumerate(contents["annotations"]):
@@ -2097,10 +2162,27 @@ def test_what_is_painted_as_a_crowd_is_said():
     Path("own.json").write_text(json.dumps(contents))
     with pytest.warns(UserWarning, match="4 of 10 annotations have iscrowd 1"):
         open_coco(train=True, annotations="own.json")
+    assert open_coco(annotations="own.json").has_truth
     for annotation in contents["annotations"]:
         annotation["iscrowd"] = 1
     Path("own.json").write_text(json.dumps(contents))
     refuses(lambda: open_coco(train=True, annotations="own.json"), "no image has an object", "iscrowd 1")
+    assert not open_coco(annotations="own.json").has_truth  # its AP would be -1
+
+
+@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
+def test_pictures_too_narrow_for_a_detector_are_named(trained):
+    write_both_splits_of_coco()
+    contents = write_coco("val", sizes=(*[(60, 80)] * 4, (300, 2)))  # the last has no objects
+    file = Path("coco/annotations/instances_val2017.json")
+    refuses(lambda: run(train_det.main, TINY_DET, "--data coco --iters 1 --name narrow"), "000000000004.jpg")
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.raises(SystemExit):
+        run(evaluate.main, trained / "runs/det/last.pt", f"--image coco/val2017 --out drawn {QUIET}")
+    assert "2x300 pixels" in error.getvalue() and "000000000001.jpg" in out.getvalue()
+    contents["images"][1]["width"] = 81
+    file.write_text(json.dumps(contents))
+    refuses(lambda: open_coco(split="val"), "000000000001.jpg", "80x60", "81x60")
 
 
 def test_the_truth_has_full_score_and_worse_results_score_as_by_pycocotools():
@@ -2446,6 +2528,12 @@ def test_what_cannot_be_written_costs_no_result(trained):
         run(evaluate.main, "seg/last.pt --figures blocked --out elsewhere", QUIET)
     assert stopped.value.code == 2 and str(blocked) in refused.getvalue()
     assert os.path.exists("blocked/routes-seg.png")
+    os.makedirs("own/val")
+    shutil.copytree("camvid/val", "own/val", dirs_exist_ok=True)
+    shutil.copytree("camvid/valannot", "own/valannot")
+    before = Path("own/val/03.png").read_bytes()
+    refuses(lambda: run(evaluate.main, "seg/last.pt --data own --predictions own", QUIET), "own/val/00.png")
+    assert Path("own/val/03.png").read_bytes() == before
     os.makedirs("preds/val/03.png")
     spawn(predict_what_cannot_be_written)
     assert Path("status-0").read_text() == "2" and Path("status-1").read_text() == "None"
@@ -2519,6 +2607,27 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation():
     assert evaluate.draw_ablations(runs).axes[0].lines[0].get_ydata().tolist() == [np.mean(scores[2]), 64.0]
     points = evaluate.draw_trade_off(runs, True).axes[0].get_legend().get_lines()
     assert [line.get_markerfacecolor() == "white" for line in points] == [False] * 3 + [True] * 27
+
+
+def test_runs_on_different_files_are_different_settings():
+    runs = [made_up_run(f"run{i}", 60.0 + i, seed=i) for i in range(4)]
+    for run, place in zip(runs, ("one", "one", "two", "two")):
+        run.metrics["dataset"] = "folder"
+        run.checkpoint["config"] |= {"data": place, "train_list": None}
+    header, one, two = evaluate.make_table(runs, published=False)
+    assert header[2] == "data" and (one[2], one[-1], two[2], two[-1]) == ("one", "2", "two", "2")
+    for run, place in zip(runs, "abab"):
+        run.metrics["dataset"] = "shapes"
+        run.checkpoint["config"] |= {"train_list": place}  # their folders may have moved
+    assert [row[2] for row in evaluate.make_table(runs, published=False)] == ["train list", "a", "b"]
+
+
+def test_a_dollar_in_a_name_is_no_mathematics():
+    figure, ((ax,),) = evaluate.new_figure(2, 2)
+    ax.set(title=r"road $\frac{$", yscale="log", ylim=(1, 1000))
+    file = io.BytesIO()
+    evaluate.write_figure(figure, file, "pdf")
+    assert len(file.getvalue()) > 1000
 
 
 def test_what_has_full_gates_says_so_and_updates_of_kmeans_can_be_swept():
