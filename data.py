@@ -670,7 +670,7 @@ def _opened(path: str | os.PathLike, load: bool = True):
             yield image, source
     except DataError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that Pillow opens"
         raise DataError(f"{path}: has more than {limit}; scale it down, or cut it into parts") from error
     except MemoryError as error:

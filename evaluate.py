@@ -687,11 +687,11 @@ def print_report(run: RunResult) -> None:
     for k, (size, gflops) in enumerate(zip(sizes, metrics["gflops_per_expert"])):
         cost = "-" if gflops is None else f"{gflops:.{places}f}"
         print(f"{k:<8}{size:8d}{100 * size / metrics['images']:7.1f}%{cost:>10}")
-    empty = sizes.count(0)
+    empty, collapse = sizes.count(0), describe_collapse(sizes, inter, intra)
     if empty:
         print(f"{empty} of {len(sizes)} experts get none of these {metrics['images']} images")
-    elif describe_collapse(sizes, inter, intra):
-        print(describe_collapse(sizes, inter, intra))
+    elif collapse:
+        print(collapse)
     if "subsets" in metrics:
         print_recovery(metrics["subsets"])
 
@@ -733,9 +733,11 @@ class Viewer:
         """
         checkpoint, device = self.checkpoint, self.process.device
         if checkpoint["task"] == "segmentation":
-            if device.type == "cpu":  # refused at once where memory is too small; else the system kills us
+            if device.type == "cpu":
+                # What the maps of a routed network and the logits take, by measurement: asked for at once it
+                # is refused where there is less memory; bit by bit the system would kill the process.
                 width = checkpoint["model_args"].get("width") or 64
-                bytes_per_pixel = 60 + 2 * width + 4 * len(checkpoint["classes"])  # measured, and 10 % more
+                bytes_per_pixel = 60 + 2 * width + 4 * len(checkpoint["classes"])
                 torch.empty(bytes_per_pixel * image[0].numel(), dtype=torch.uint8)
             colors = [tuple(color) for color in checkpoint["palette"]]
             out = self.model(data.normalize(image[None].to(device)))
@@ -800,13 +802,10 @@ def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> tupl
     return paths, locked
 
 
-TOO_LARGE = re.compile("out of memory|allocate memory")  # in what torch says
-
-
 def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
     """Writes each picture of --image with its prediction and its expert, with --figures also its route.
 
-    Raises InputError, at the end, where one could not be read or is too large for the memory.
+    Raises InputError, at the end, where one could not be shown.
     """
     source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], []
     if not arguments.out:
@@ -815,20 +814,15 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
     for path in locked:
         print(f"{path}: cannot be read (Permission denied)", file=sys.stderr)
     for path in paths:
-        inside = path.relative_to(source if source.is_dir() else path.parent)
         try:
-            image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-            out, overlay, words = describe_picture(viewer, image)
-        except (data.DataError, InputError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, (data.DataError, InputError)):
-                if not isinstance(error, MemoryError) and not TOO_LARGE.search(str(error)):
-                    raise
-                error = f"{path}: needs more memory than there is; scale it down, or cut it into parts"
+            image, out, overlay, words = describe_picture(viewer, path)
+        except InputError as error:
             if len(paths) == 1:
-                raise InputError(error) from None
+                raise
             print(error, file=sys.stderr)
             failed.append(path)
             continue
+        inside = path.relative_to(source if source.is_dir() else path.parent)
         target = folder / inside.with_name(inside.name + ".png")
         print(f"{path}: {words} -> {target}", flush=True)
         keep(target, lambda file: Image.fromarray(to_rgb(overlay)).save(file, "png"))
@@ -843,11 +837,25 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
         raise InputError(f"--image {source}: {len(failed)} of {len(paths)} pictures are not shown: {which}")
 
 
-def describe_picture(viewer: Viewer, image: Tensor):
-    """An image uint8 [3, H, W] -> the model's output, the image with what is predicted and the expert's
-    number on it, and its cost and expert in words."""
+def describe_picture(viewer: Viewer, path: Path):
+    """A picture -> image uint8 [3, H, W], the model's output, the image with what is predicted and the
+    expert's number on it, and its cost and expert in words.
+
+    Raises InputError, which names the path, where it cannot be read, is too narrow or needs too much memory.
+    """
     model, checkpoint = viewer.model, viewer.checkpoint
-    out, overlay = viewer.predict(image, names=True)
+    try:
+        image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
+        out, overlay = viewer.predict(image, names=True)
+    except data.DataError as error:
+        raise InputError(error) from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        words = "needs more memory than there is; scale it down, or cut it into parts"
+        raise InputError(f"{path}: {words}") from None
     size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
     clusters, count = checkpoint["clusters"], model.counts[0]
     gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
@@ -856,7 +864,7 @@ def describe_picture(viewer: Viewer, image: Tensor):
         label, distance = clusters.nearest(out.routes.activations(gate_space(checkpoint)).cpu())
         words += f", expert {label.item()} of {len(clusters.centers)}, {distance.item():.3f} from its centre"
         overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
-    return out, overlay, words
+    return image, out, overlay, words
 
 
 # ============ one table of many checkpoints ============
@@ -1629,6 +1637,7 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
 
 
 def report(arguments: argparse.Namespace, process: Process) -> None:
+    """Evaluates all checkpoints, or shows --image; then tables and figures."""
     runs = []
     if not arguments.image:
         runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]

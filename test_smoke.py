@@ -2179,7 +2179,8 @@ def test_pictures_too_narrow_for_a_detector_are_named(trained):
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.raises(SystemExit):
         run(evaluate.main, trained / "runs/det/last.pt", f"--image coco/val2017 --out drawn {QUIET}")
-    assert "2x300 pixels" in error.getvalue() and "000000000001.jpg" in out.getvalue()
+    assert "000000000004.jpg: an image of 2x300 pixels" in error.getvalue()
+    assert "000000000001.jpg" in out.getvalue()
     contents["images"][1]["width"] = 81
     file.write_text(json.dumps(contents))
     refuses(lambda: open_coco(split="val"), "000000000001.jpg", "80x60", "81x60")
