@@ -1,5 +1,4 @@
-"""Data: Cityscapes, CamVid, COCO, folders and made-up shapes, for segmentation and detection; transforms,
-loaders.
+"""Data sets for segmentation and detection, their transforms and loaders.
 
     dataset = segmentation_dataset("cityscapes", None, "train", train=True)
     for images, masks, indices in forever(train_loader(dataset, batch=8, workers=4)):
@@ -11,13 +10,14 @@ loaders.
         images = [as_float(image.cuda()) for image in images]  # lists: images differ in size
         ...  # targets: dicts of boxes, labels and masks
 
-Images and label PNGs of one's own need no code: "folder" reads them. With a name and a recipe of their own
-they are one entry of `SEGMENTATION` and one of RECIPES in train_seg.py. What is no image with a label picture
-is a torch.utils.data.Dataset that `segmentation_dataset` returns, with
+Images and label PNGs of one's own need no code: "folder" reads them. For anything else write a
+torch.utils.data.Dataset, return it from `segmentation_dataset`, and give it an entry in `SEGMENTATION` and,
+for a recipe of its own, in RECIPES of train_seg.py. It augments its items where `train` is True, and has
     items              (image uint8 [3, H, W] RGB, mask uint8 [H, W] of class ids or IGNORE, index)
     .info              a `DatasetInfo`: classes, palette, defaults
     .image_name(i)     by which reports and predictions know image i
     .subset            int64 [N] where the true subset of each image is known, else None
+    .subset_names      and then their names
     .has_truth         whether anything is labelled
     .eval_batch        images that evaluation takes at a time
 
@@ -74,7 +74,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What there is to know about a data set before a file is opened."""
+    """Classes, files and defaults of a segmentation data set."""
 
     name: str
     classes: tuple[str, ...]  # by class id
@@ -92,8 +92,7 @@ class DatasetInfo:
     eval_batch: int = 1  # per process, for images of one size
 
 
-# torchvision carries the Cityscapes table of ids, names and colours. Its license plate is id -1, in a PNG
-# 255.
+# torchvision has Cityscapes' table of ids, names and colours. Its license plate's id, -1, is 255 in a PNG.
 _TRAINED = [c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
 
 # What SegNet's tutorial paints CamVid's classes in; the last is void.
@@ -318,11 +317,11 @@ def _check_size(image: str, size: tuple[int, int], said_by: str, other: tuple[in
     """Raises DataError where an image has another height and width than its label, or its json, says."""
     if tuple(size) != tuple(other):
         sizes = f"{size[1]}x{size[0]} pixels as seen, but by {said_by} it has {other[1]}x{other[0]}"
-        raise DataError(f"{image}: {sizes}; get both again")
+        raise DataError(f"{image}: {sizes}; make both the same")
 
 
 def _one_channel(ids: np.ndarray) -> np.ndarray:
-    """If the three channels of [H, W, 3] are equal, one of them."""
+    """[H, W, 3] with three equal channels -> [H, W]; else as it is."""
     if ids.ndim == 3 and (ids == ids[..., :1]).all():
         return ids[..., 0]
     return ids
@@ -404,7 +403,7 @@ def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
         if ending and not is_hidden(path, folder) and os.path.isfile(path):
             stem = _same_text(os.path.relpath(path, folder)[: -len(ending)])
             if stem in files:
-                raise DataError(f"{path}: {files[stem]} has the same name; remove one of the two")
+                raise DataError(f"{path}: {files[stem]} has the same name; remove one, or part the folders")
             files[stem] = path
     return files
 
@@ -415,7 +414,7 @@ def _same_text(name: str) -> str:
 
 
 def _without_ending(files: dict[str, str]) -> dict[str, str]:
-    """The files without what the names of all end in, such as _mask or _leftImg8bit: a mark and no digits."""
+    """The files without the common ending of all names, such as _mask or _leftImg8bit; none with digits."""
     ending = os.path.commonprefix([stem[::-1] for stem in files])[::-1]
     found = re.search(r"[-_.]\D*$", ending)
     length = len(found[0]) if found else 0
@@ -1134,7 +1133,7 @@ class CocoImages(Dataset):
         for path, exists in ((self.annotations, os.path.isfile), (self.root, os.path.isdir)):
             if not exists(path):
                 layout = "annotations/ beside train2017/ and val2017/"
-                words = f"name your own files, or get COCO 2017 from cocodataset.org ({layout})"
+                words = f"name your own (--train-json ...), or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
         file, remarks = read_coco(self.annotations, self.masks), []
         file = file._replace(names=self._find(file.names))

@@ -60,12 +60,12 @@ from routing import OPEN, fuse
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    routed = [name for name, variant in VARIANTS.items() if not variant.static]
+    theirs = [name for name, variant in VARIANTS.items() if not variant.static and not variant.lambda2]
     datasets = list(dict.fromkeys([*data.SEGMENTATION, *data.DETECTION]))
     workers = min(4, cores_per_process() // 2)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="+", help="files of train_seg.py or train_det.py; several: one table")
-    add("--variant", choices=routed, help="the checkpoint is one of Dynamic Routing's authors, of this kind")
+    add("--variant", choices=theirs, help="the checkpoint is one of Dynamic Routing's authors, of this kind")
 
     add = parser.add_argument_group("data (by default as in training)").add_argument
     add("--dataset", choices=datasets, help="data set; its classes must be the checkpoint's")
@@ -73,24 +73,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="detection: annotations in COCO's format, in place of the split's")
     add("--images", metavar="DIR", help="their images; in segmentation of a folder, with --labels")
     add("--labels", metavar="DIR", help="segmentation: label PNGs of --images")
-    add("--list", metavar="FILE", help="segmentation: text file with the names of the --images to take alone")
-    add("--limit", type=number(int, 1), help="detection: take the first so many images alone")
+    add("--list", metavar="FILE", help="segmentation: text file of those --images to use, one to a line")
+    add("--limit", type=number(int, 1), help="detection: use only the first so many images")
     add("--split", default="val", choices=data.SPLITS, help="which part of the data set")
 
     add = parser.add_argument_group("output").add_argument
     add("--figures", type=Path, metavar="DIR", help="draw every figure that the checkpoints allow")
     add("--published", action="store_true", help="put the papers' rows in the table and in the trade-off")
-    add("--format", choices=["text", "markdown", "latex"], help="print the table, in this format")
-    add("--image", type=Path, help="show this picture, or those in this folder, and do nothing else")
+    add("--format", choices=["text", "markdown", "latex"], help="print a table, not the report")
+    add("--image", type=Path,
+        help="show this picture, or those in this folder; by default in overlays/ beside the checkpoint")
     add("--out", type=Path, metavar="DIR",
         help="folder for what is written, by default the checkpoint's; of several, one in it for each")
     add("--predictions", type=Path, metavar="DIR", help="segmentation: also write label PNGs")
-    add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: what is drawn scores as much")
+    add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: lowest score that is drawn")
 
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
     add("--workers", type=number(int, 0), default=workers, help="loader processes")
-    add("--eval-batch", type=number(int, 1), help="images at a time; above 1, they should be of equal size")
+    add("--eval-batch", type=number(int, 1), help="images at a time; in segmentation of one size")
     arguments = parser.parse_args(argv)
     arguments.checkpoint = list(dict.fromkeys(arguments.checkpoint))
     several = len(arguments.checkpoint) > 1
@@ -317,6 +318,9 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict):
         files = own if arguments.images else trained_on
         if arguments.images and not arguments.labels:
             raise InputError(f"--images {arguments.images}: needs --labels, the folder of their label PNGs")
+        if name == "folder" and not root and not files:
+            words = "this run knows no such files; name them with --images and --labels"
+            raise InputError(f"--split {arguments.split}: {words}")
         dataset = data.segmentation_dataset(
             name, root, arguments.split, train=False, info=info, **files, **options)
     else:
@@ -879,8 +883,8 @@ OF_PAPERS = "What has a source is of Cityscapes val or COCO val2017"
 COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "To centre", "Recovered")  # the last: % of known subsets
 SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2", "kmeans_every": "K-means every"}
 SWEPT = ("k", "margin", "lambda2", "kmeans_every")  # each has a column in the figure of ablations
-# Settings that do not decide what comes out, those that runs which are averaged may differ in, and those that
-# the method's name tells.
+# Settings that may differ on --resume, those that runs which are averaged may differ in, and those that the
+# method's name tells.
 FREE = {
     "out", "name", "resume", "data", "workers", "device", "compile", "log_every", "eval_every", "save_every",
     "eval_batch", "train_json", "train_images", "train_labels", "train_list", "val_json", "val_images",
@@ -1219,10 +1223,10 @@ def line_width(alpha: float) -> float:
 
 def average_router(run: RunResult, runs: list[RunResult]) -> RunResult | None:
     """Dynamic Routing to stand beside a run of DivDR: the first run of its grid without a clustering loss."""
-    for other in runs:
-        if VARIANTS[run.variant].lambda2 and other.grid == run.grid and not VARIANTS[other.variant].lambda2:
-            return other
-    return None
+    if not VARIANTS[run.variant].lambda2:
+        return None
+    others = (other for other in runs if other.grid == run.grid and not VARIANTS[other.variant].lambda2)
+    return next(others, None)
 
 
 def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
@@ -1602,7 +1606,7 @@ def draw_ablations(runs: list[RunResult], published: bool = False):
     return figure
 
 
-# A figure is a function and a line here; one that returns None has nothing to draw.
+# A figure is a function and a line here; all of a kind take the same arguments, and None has nothing to draw.
 FIGURES_OF_A_RUN = {
     "predictions": draw_predictions, "experts": draw_experts, "routes": draw_routes,
     "training": draw_training}

@@ -78,7 +78,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     for split in ("train", "val"):
         add(f"--{split}-images", metavar="DIR", help=f"folder: images, by default images/{split} in --data")
         add(f"--{split}-labels", metavar="DIR", help=f"folder: their labels, by default labels/{split}")
-        add(f"--{split}-list", metavar="FILE", help="folder: text file with the names of those to take alone")
+        add(f"--{split}-list", metavar="FILE", help="folder: text file of the images to use, one to a line")
     add("--classes", metavar="FILE",
         help="folder: table of id, name, red, green, blue, by default classes.csv in --data if it is there")
     config = parser.parse_args(argv)
@@ -158,7 +158,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--variant", choices=variants_of(task), default=chosen.variant, help="row of the method's table")
     add("--layers", type=int, help="layers of the routed backbone")
     add("--width", type=int, help="channels at stride 4")
-    add("--gate", choices=["full", "small"], help="what a gate looks at")
+    add("--gate", choices=["full", "small"], help="gates see the whole map, or one shrunk to a quarter")
     add("--init", help="start from the weights in this file, see model.initialize")
 
     add = parser.add_argument_group("optimiser").add_argument
@@ -184,28 +184,32 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
-    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0, help="growth of that interval by the end")
+    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
+        help="factor by which that interval has grown in the end")
     add("--kmeans-restarts", type=number(int, 0), default=4,
         help="K-means++ starts tried beside the last centres")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
-    add("--bank-momentum", type=number(float, 0, 0.999), help="see kmeans.ActivationBank")
+    add("--bank-momentum", type=number(float, 0, 0.999),
+        help="share of a sample's old A(x) that is kept when it is seen again")
     add("--bank-age", type=number(int, 1), default=2000,
         help="K-means leaves out the samples that so many iterations have not seen")
     add("--own", choices=["nearest", "bank"], default="bank",
-        help="an image is pulled to the nearest centre, or to that of its cluster at the last K-means update")
+        help="pull an image to the nearest centre, or to that of its cluster at the last K-means update")
     add("--metric", choices=["plain", "task"], default="plain",
         help="distances between architectures: plain, or each gate counts as much as the task depends on it")
     add("--oracle", action="store_true",
-        help="shapes: the means of the true subsets are the centres; with --own bank")
-    add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster gates before their tanh")
+        help="shapes: the means of the true subsets are the centres; sets --own bank")
+    add("--gate-space", choices=["alpha", "logit"], default="alpha",
+        help="cluster what gates give, or that before their tanh")
 
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16; by default on GPUs with it")
-    add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
+    add("--compile", action="store_true",
+        help="compile the network: minutes at the start, then faster steps; one process")
     add("--bn-batches", type=number(int, 1), help="batches to re-estimate batch norm on before evaluation")
-    add("--eval-batch", type=number(int, 1), help="images at a time in evaluation")
+    add("--eval-batch", type=number(int, 1), help="images at a time in evaluation, per process")
     return parser
 
 
