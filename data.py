@@ -219,6 +219,9 @@ class LabelledImages(Dataset):
         in_folder = os.path.join(root or "", info.images[0].format(split=split))
         self.root = images or (root if info.root else in_folder)  # of the names in reports
         self.pairs = _pair_files(info, root or "", split, images, labels, names)
+        self.folders = [path for path in (images, labels) if path]  # of all splits; predictions go elsewhere
+        for pattern in (info.images[0], info.labels[0]):
+            self.folders += [os.path.join(root, pattern.format(split=name)) for name in SPLITS if root]
         self.class_of_id = np.full(256, _UNKNOWN, dtype=np.uint8)
         for label_id, class_id in info.label_ids.items():
             self.class_of_id[label_id] = class_id
@@ -501,8 +504,9 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
         colours = {label_id: colours[label_id][0] for label_id in names if label_id in colours}
         distinct = len(set(colours.values())) == len(colours)
         info = _info_of(names, colours if distinct else {}, train.root)
-        words = f"the ids in the labels are the classes: {', '.join(info.classes)}; 255 is void"
-        warnings.warn(f"{train.root}: {words}; a classes.csv would name them", stacklevel=3)
+        listed = ", ".join(info.classes[:30]) + (" ..." if len(info.classes) > 30 else "")
+        words = f"the ids in the labels are the classes: {listed}; 255 is void"
+        warnings.warn(f"{train.root}: {words}; a classes.csv would name them", stacklevel=5)
     return _suited(info, side=sorted(sides)[len(sides) // 2] if sides else 512, images=len(train))
 
 
@@ -992,7 +996,11 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
     says what is wrong.
     """
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
-    number, at = label.get(_key(category)), row.get(_key(image))
+    try:
+        number, at = label.get(_key(category)), row.get(_key(image))
+    except ValueError:
+        words = f"refers to the category {category!r} and the image {image!r}"
+        raise ValueError(f"{words}; an id is a number or a text") from None
     if number is None:
         raise ValueError(f"is of category {category!r}, which is not among its categories")
     if at is None:

@@ -330,12 +330,26 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict):
             options["limit"] = arguments.limit
         options["masks"] = checkpoint["model_args"]["masks"]
         dataset = data.detection_dataset(name, root, arguments.split, train=False, **options)
+    check_table(arguments, checkpoint, dataset)
     classes = list(dataset.info.classes if checkpoint["task"] == "segmentation" else dataset.classes)
     if classes != checkpoint["classes"]:
         theirs = f"{len(checkpoint['classes'])} of {checkpoint['path']}, trained on {checkpoint['dataset']}"
         first, *_ = sorted(set(classes) ^ set(checkpoint["classes"])) or ["their order"]
         raise InputError(f"--dataset {name}: its {len(classes)} classes are not the {theirs}; see {first}")
     return dataset
+
+
+def check_table(arguments: argparse.Namespace, checkpoint: dict, dataset) -> None:
+    """Raises InputError where the folder's table of classes is another than that of training."""
+    if checkpoint["task"] != "segmentation" or dataset.info.root or not checkpoint.get("info"):
+        return
+    of_training = checkpoint["config"].get("classes")
+    usual = os.path.join(arguments.data or checkpoint["data"] or "", "classes.csv")
+    table = of_training if of_training and not arguments.data else usual
+    if os.path.exists(table):
+        now = data.read_classes(table)
+        if (now.label_ids, now.classes) != (dataset.info.label_ids, dataset.info.classes):
+            raise InputError(f"{table}: other classes than {checkpoint['path']} was trained on; restore them")
 
 
 # ============ what a split gave ============
@@ -367,9 +381,12 @@ def measure(arguments, model, checkpoint: dict, dataset, process: Process):
     wanted = (arguments.table or arguments.figures) and not arguments.predictions
     for folder in (arguments.folders[checkpoint["path"]], checkpoint["path"].parent):
         if wanted and process.world == 1 and (folder / kept_in).is_file():
-            kept = read_file(folder / kept_in, "kept activations; remove it")
-            if kept.get("origin") == origin:
-                return SplitResult(**kept["result"]), None
+            try:
+                kept = read_file(folder / kept_in, "what an evaluation kept")
+                if kept.get("origin") == origin:
+                    return SplitResult(**kept["result"]), None
+            except (InputError, KeyError, TypeError) as error:
+                print(f"{error}; it is computed anew", file=sys.stderr)
     score = {"segmentation": score_segmentation, "detection": score_detection}[checkpoint["task"]]
     result = score(arguments, model, checkpoint, dataset, process)
     contents = {"origin": origin, "result": vars(result) | {"detections": None}}
@@ -439,7 +456,7 @@ def score_segmentation(arguments, model, checkpoint: dict, dataset, process: Pro
     loader = data.pass_loader(dataset, batch, arguments.workers, process.rank, process.world)
     save = None
     if arguments.predictions:
-        check_overwriting(arguments.predictions, dataset)
+        check_overwriting(arguments.predictions, dataset, checkpoint.get("files", {}))
         save = prediction_writer(arguments.predictions, dataset)
     result = evaluate_segmentation(model, loader, len(classes), process, gate_space(checkpoint), save)
     miou = 100 * result.miou() if result.confusion.any() else None  # a test split may have no labels
@@ -470,13 +487,17 @@ def score_detection(arguments, model, checkpoint: dict, dataset, process: Proces
     return SplitResult(result.A, result.flops, tuple(size), metrics, table, result.detections)
 
 
-def check_overwriting(folder: Path, dataset) -> None:
-    """Raises InputError where a prediction would take the place of an image or a label."""
-    read = {os.path.realpath(path) for pair in getattr(dataset, "pairs", ()) for path in pair if path}
-    for index in range(len(dataset)):
-        path = prediction_path(folder, dataset, index)
-        if os.path.realpath(path) in read:
-            raise InputError(f"--predictions {folder}: {path} is one of the data set's files; name another")
+def check_overwriting(folder: Path, dataset, files: dict) -> None:
+    """Raises InputError where predictions would lie among the images and labels of any split.
+
+    files: by split, the folders that the run names.
+    """
+    own = [path for of_split in files.values() for path in of_split.values() if path]
+    data_lie_in = [Path(path).resolve() for path in (*getattr(dataset, "folders", ()), *own)]
+    written_to = {prediction_path(folder, dataset, index).parent for index in range(len(dataset))}
+    for place in written_to:
+        if any(place.resolve().is_relative_to(path) for path in data_lie_in):
+            raise InputError(f"--predictions {folder}: the data set's own files lie there; name another")
 
 
 def prediction_path(folder: Path, dataset, index: int) -> Path:
@@ -536,6 +557,14 @@ class RunResult:
         return self.clusters.nearest(self.result.A)[0]
 
     @property
+    def facts(self) -> dict:
+        """The settings by which runs can differ; of data that lie in a folder, its path is one of them."""
+        config = self.checkpoint["config"] | {"variant": self.variant, "data": None}
+        if self.metrics["dataset"] == "folder" and self.checkpoint["config"].get("data"):
+            config["data"] = os.path.abspath(self.checkpoint["config"]["data"])
+        return {name: value for name, value in config.items() if value is not None}
+
+    @property
     def flops(self) -> Tensor:
         """[N] multiply-adds of a routed network on each image at its own size, paper count."""
         return self.result.flops["paper"]
@@ -577,8 +606,13 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     if arguments.table:
         scores = ", ".join(f"{column} {value:.4g}" for column, value in run.numbers.items())
         print(f"{path}: {scores}", file=sys.stderr)
-    else:
-        print_report(run)
+    trouble = None
+    try:
+        if not arguments.table:
+            print_report(run)
+            sys.stdout.flush()
+    except OSError as error:  # nobody reads on; the files still tell
+        trouble = error
     folder, found = arguments.folders[path], result.detections
     result.detections = None  # of many checkpoints they would take a lot of memory
     files = {}  # name: a function for `keep`
@@ -596,6 +630,8 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
         target = folder / told_apart(name, path, arguments.split)
         if keep(target, write):
             written.append(target)
+    if trouble:
+        raise trouble
     if not arguments.table:
         print("\n" + "\n".join(f"wrote {target}" for target in written))
     return run
@@ -885,13 +921,11 @@ SETTING_NAMES = {"k": "K", "lambda1": "λ1", "lambda2": "λ2", "kmeans_every": "
 SWEPT = ("k", "margin", "lambda2", "kmeans_every")  # each has a column in the figure of ablations
 # Settings that may differ on --resume, those that runs which are averaged may differ in, and those that the
 # method's name tells.
-FREE = {
-    "out", "name", "resume", "data", "workers", "device", "compile", "log_every", "eval_every", "save_every",
-    "eval_batch", "train_json", "train_images", "train_labels", "train_list", "val_json", "val_images",
-    "val_labels", "val_list", "classes",
-}
-TRAINED_ON = {"train_json", "train_images", "train_labels", "train_list"}
-SAME_SETTING = (FREE - TRAINED_ON) | {"seed"}
+OWN_FILES = {f"{split}_{kind}" for split in ("train", "val") for kind in ("json", "images", "labels", "list")}
+OWN_FILES |= {"data", "classes"}
+OTHER = {"out", "name", "resume", "workers", "device", "compile", "log_every", "eval_every", "save_every"}
+FREE = OWN_FILES | OTHER | {"eval_batch"}
+SAME_SETTING = OTHER | {"eval_batch", "seed"}
 OF_VARIANT = {"lambda1", "budget", "lambda2"}
 
 
@@ -983,27 +1017,24 @@ def show_value(value) -> str:
 def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Setting]:
     """All seeds of one configuration together, and whatever the setting `apart_from` is, if one is named."""
     ignored = SAME_SETTING | {apart_from}
-    if any(run.metrics["dataset"] == "folder" for run in runs):  # whose path is all its name
-        ignored -= {"data"}
     groups: dict[str, Setting] = {}
     for run in runs:
-        facts = run.checkpoint["config"] | {"variant": run.variant}
-        facts = {name: value for name, value in facts.items() if name not in ignored}
-        key = json.dumps(facts, sort_keys=True)
+        facts = {name: value for name, value in run.facts.items() if name not in ignored}
+        key = json.dumps([facts, run.checkpoint.get("classes")], sort_keys=True)
         groups.setdefault(key, Setting([], {})).runs.append(run)
     settings = list(groups.values())
 
-    names = [*SWEPT, *(name for setting in settings for name in setting.config)]
+    names = [*SWEPT, *(name for setting in settings for name in setting.runs[0].facts)]
     for name in dict.fromkeys(names):
         if name in ignored | {"variant", "layers", "width", "gate"}:  # the first columns tell these
             continue
         values = set()
         for setting in settings:
             decided_by = setting.runs[0].variant if name in OF_VARIANT else None
-            values.add((decided_by, json.dumps(setting.config.get(name))))
+            values.add((decided_by, json.dumps(setting.runs[0].facts.get(name))))
         if len(values) > len({decided_by for decided_by, _ in values}):
             for setting in settings:
-                setting.differing[name] = setting.config.get(name)
+                setting.differing[name] = setting.runs[0].facts.get(name)
 
     def place(setting: Setting):
         numbers = [value if isinstance(value, (int, float)) else -1 for value in setting.differing.values()]
@@ -1043,8 +1074,9 @@ def make_table(runs: list[RunResult], published: bool) -> list[list[str]]:
 def render(rows: list[list[str]], form: str) -> str:
     """Header and rows as "text", "markdown" or "latex", with the first two columns flush left."""
     if form == "latex":
-        marks = {"±": r"$\pm$", "λ1": r"$\lambda_1$", "λ2": r"$\lambda_2$", "–": "--", "_": r"\_"}
-        pattern = re.compile("|".join(marks))
+        marks = {"±": r"$\pm$", "λ1": r"$\lambda_1$", "λ2": r"$\lambda_2$", "–": "--"}
+        marks |= {mark: "\\" + mark for mark in "_&%$#{}"}
+        pattern = re.compile("|".join(map(re.escape, marks)))
         lines = [pattern.sub(lambda found: marks[found[0]], " & ".join(row)) + r" \\" for row in rows]
         top, end = r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}", r"\end{tabular}"
         return "\n".join([top, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end])

@@ -744,8 +744,11 @@ def one_line_errors(*kinds: type[Exception]):
     A warning is one line too.
     """
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         with warnings.catch_warnings():

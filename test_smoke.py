@@ -1403,6 +1403,14 @@ def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
     for i in range(12):
         same = [np.array(Image.open(f"{name}/{i:02d}.png")) for name in ("one/val", "two")]
         assert np.array_equal(*same)
+    before = Path("own/classes.csv").read_text("utf-8-sig")
+    Path("own/classes.csv").write_text(before.replace("sky", "heaven"))
+    refuses(lambda: run(evaluate.main, "runs/two/last.pt", QUIET), "own/classes.csv")
+    Path("own/classes.csv").write_text(before)
+    os.rename("own/images/train/00.png", "own/images/train/99.png")
+    os.rename("own/labels/train/00.png", "own/labels/train/99.png")
+    flags += " --dataset folder --data own --name two --resume"
+    refuses(lambda: run(train_seg.main, flags), "--resume", "other data")  # the bank knows them by number
     shutil.rmtree("own/labels")  # the checkpoint knows the classes; a test split needs no labels
     os.rename("own/images/val", "own/images/test")
     out = succeeds(evaluate.main, "runs/two/last.pt --split test --predictions test", QUIET)
@@ -2533,7 +2541,8 @@ def test_what_cannot_be_written_costs_no_result(trained):
     shutil.copytree("camvid/val", "own/val", dirs_exist_ok=True)
     shutil.copytree("camvid/valannot", "own/valannot")
     before = Path("own/val/03.png").read_bytes()
-    refuses(lambda: run(evaluate.main, "seg/last.pt --data own --predictions own", QUIET), "own/val/00.png")
+    refuses(lambda: run(evaluate.main, "seg/last.pt --data own --predictions own", QUIET), "own files")
+    refuses(lambda: run(evaluate.main, "seg/last.pt --predictions camvid/trainannot", QUIET), "own files")
     assert Path("own/val/03.png").read_bytes() == before
     os.makedirs("preds/val/03.png")
     spawn(predict_what_cannot_be_written)
@@ -2618,9 +2627,16 @@ def test_runs_on_different_files_are_different_settings():
     header, one, two = evaluate.make_table(runs, published=False)
     assert header[2] == "data" and (one[2], one[-1], two[2], two[-1]) == ("one", "2", "two", "2")
     for run, place in zip(runs, "abab"):
-        run.metrics["dataset"] = "shapes"
+        run.metrics["dataset"] = "camvid"
         run.checkpoint["config"] |= {"train_list": place}  # their folders may have moved
     assert [row[2] for row in evaluate.make_table(runs, published=False)] == ["train list", "a", "b"]
+    for run in runs:
+        run.metrics["dataset"] = "folder"
+        run.checkpoint["config"] |= {"data": "R&D_100%", "train_list": None}
+    runs[0].checkpoint["classes"] = ["other"]
+    table = evaluate.make_table(runs, published=False)
+    assert [row[-1] for row in table] == ["Seeds", "1", "3"]  # classes of one name are no others
+    assert r"R\&D\_100\%" in evaluate.render([["a", "R&D_100%"]], "latex")
 
 
 def test_a_dollar_in_a_name_is_no_mathematics():

@@ -30,8 +30,8 @@ from losses import budget_ramp, clustering_loss, cost_loss
 from model import VARIANTS, InputError, number, one_line_errors, save_checkpoint, start_process
 from train_seg import (
     Log, TaskMetric, complete, distribute, finish, gate_gradients, kmeans_interval, make_bank, make_model,
-    make_optimizer, mean_over_ranks, open_run, recompute_activations, reestimate_batch_norm, route_cost,
-    settle, shapes_options, shared_settings, warm_up,
+    make_optimizer, mean_over_ranks, names_of, open_run, recompute_activations, reestimate_batch_norm,
+    route_cost, settle, shapes_options, shared_settings, warm_up,
 )
 
 # ============ settings ============
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     about = dict(
         model_args=model_args, task="detection", dataset=config.dataset, data=config.data,
         data_options=options, files=files, classes=train_set.classes, category_ids=train_set.category_ids,
-        palette=[list(color) for color in train_set.palette],
+        palette=[list(color) for color in train_set.palette], names=names_of(train_set),
         config=vars(config))
 
     # ============ the alternation ============

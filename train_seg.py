@@ -25,6 +25,7 @@ import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -319,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     about = dict(
         model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
         data_options=options, files=files, info=info and dataclasses.asdict(info), classes=classes,
-        config=vars(config), palette=[list(color) for color in train_set.info.palette])
+        names=names_of(train_set), palette=[list(color) for color in train_set.info.palette],
+        config=vars(config))
 
     # ============ the alternation ============
     batches = data.forever(loader, done)
@@ -668,9 +670,9 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     if config.resume is None:
         words = f"{folder} holds a run already; go on with --resume, or choose another name"
         raise InputError(f"--name {config.name}: {words}")
-    for what, same in (
-        ("data", len(saved["bank"]["values"]) == len(train_set)), ("classes", saved["classes"] == classes)
-    ):
+    same_images = len(saved["bank"]["values"]) == len(train_set)
+    same_images &= saved.get("names", names_of(train_set)) == names_of(train_set)
+    for what, same in (("data", same_images), ("classes", saved["classes"] == classes)):
         if not same:
             raise InputError(f"--resume: {folder} was started with other {what}; choose another --name")
     if saved.get("info") and saved["info"]["label_ids"] != train_set.info.label_ids:
@@ -685,6 +687,12 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
             raise InputError(
                 f"--{key.replace('_', '-')} {now}: {folder} was started {was}, or choose another --name")
     return saved
+
+
+def names_of(dataset) -> int:
+    """A number that differs for other images, and for another order, by which the bank knows them."""
+    names = "\n".join(dataset.image_name(index) for index in range(len(dataset)))
+    return zlib.crc32(names.encode(errors="surrogateescape"))
 
 
 class Log:
