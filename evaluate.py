@@ -410,7 +410,8 @@ UNWRITTEN: list[Path] = []  # by this command, in this process
 def keep(path: Path, write, say: bool = True) -> bool:
     """Writes a file as `write_file` does, and where it cannot says so: what was computed is worth more."""
     try:
-        make_folder(path.parent, "folder")
+        with contextlib.suppress(OSError):  # the file's own error names the file
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, write)
         return True
     except InputError as error:
@@ -632,7 +633,7 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
             written.append(target)
     if trouble:
         raise trouble
-    if not arguments.table:
+    if written and not arguments.table:
         print("\n" + "\n".join(f"wrote {target}" for target in written))
     return run
 
@@ -1668,7 +1669,9 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     with matplotlib.rc_context(STYLE):
         report(arguments, process)
     asked_for = arguments.figures or arguments.predictions or arguments.out or arguments.image
-    if UNWRITTEN and asked_for:
+    if UNWRITTEN and not asked_for:
+        print("--out DIR writes elsewhere", file=sys.stderr)
+    elif UNWRITTEN:
         raise InputError(f"{UNWRITTEN[0]}: could not be written ({len(UNWRITTEN)} such files)")
 
 
