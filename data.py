@@ -997,8 +997,10 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
     """
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
     try:
-        number, at = label.get(_key(category)), row.get(_key(image))
-    except ValueError:
+        number, at = label.get(category), row.get(image)  # which finds most
+        if number is None or at is None:
+            number, at = label.get(_key(category)), row.get(_key(image))
+    except (ValueError, TypeError):
         words = f"refers to the category {category!r} and the image {image!r}"
         raise ValueError(f"{words}; an id is a number or a text") from None
     if number is None:
