@@ -353,6 +353,7 @@ def _pair_files(
             raise DataError(f"{folder}: no {what} there; {expected}")
     images, labels = found
     if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
+        labels = {stem: path for stem, path in labels.items() if stem.endswith("_mask")} or labels
         images = {stem: path for stem, path in images.items() if path not in labels.values()}
     stems = dict(zip(images, images))  # name of the file -> name by which it finds its label
     if not images.keys() & labels.keys():

@@ -1527,6 +1527,8 @@ def test_folders_are_read_as_labelling_tools_write_them():
         os.rename(f"robo/{name}.png", f"robo/{name}_mask.png")
     Path("robo/_classes.csv").write_text("Pixel Value, Class\n0, background\n1, apple\n2, pear")
     own = dict(images="robo", labels="robo")
+    Image.open("robo/b.jpg").save("robo/b.png")
+    os.remove("robo/b.jpg")
     info = data.folder_info(None, {"train": own}, "robo/_classes.csv")
     assert info.classes == ("background", "apple", "pear")
     check_masks(data.segmentation_dataset("folder", None, "train", False, info=info, **own), made)
