@@ -354,7 +354,8 @@ def _pair_files(
     images, labels = found
     if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):  # as Roboflow has them
         labels = {stem: path for stem, path in labels.items() if stem.endswith("_mask")} or labels
-        images = {stem: path for stem, path in images.items() if path not in labels.values()}
+        masks = set(labels.values())
+        images = {stem: path for stem, path in images.items() if path not in masks}
     stems = dict(zip(images, images))  # name of the file -> name by which it finds its label
     if not images.keys() & labels.keys():
         stems = dict(zip(images, _without_ending(images)))
@@ -567,7 +568,8 @@ def read_classes(path: str) -> DatasetInfo:
     return _info_of(names, colours, path)
 
 
-_COLUMNS = {"pixel value": "id", "class": "name", "r": "red", "g": "green", "b": "blue"}  # for others
+# By what others call them.
+_COLUMNS = {"pixel value": "id", "class": "name", "r": "red", "g": "green", "b": "blue"}
 
 
 def _whole(text) -> int:
@@ -666,7 +668,7 @@ def _opened(path: str | os.PathLike, load: bool = True):
     try:
         with Image.open(path) as image:
             source = {"format": image.format, "compression": image.info.get("compression")}
-            source |= {"raw": str(image.tile), "tags": getattr(image, "tag_v2", {})}  # of a TIFF
+            source |= {"raw": str(image.tile[:1]), "tags": getattr(image, "tag_v2", {})}  # of a TIFF
             if load:
                 image.load()
                 turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # none of a TIFF: Pillow has turned it

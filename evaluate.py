@@ -18,8 +18,8 @@
 The checkpoint knows its network, data set and classes; flags override what can differ. What is written beside
 it, or in --out, names checkpoint and split where these are not last.pt and val: metrics-test.json,
 experts-best.png. What a split gave is kept in NAME.SPLIT.activations: tables and figures take it from there.
-The first command, one checkpoint and no figures, always computes anew. Results are printed before anything is
-written; what cannot be written is named, and the rest goes on.
+The first command, one checkpoint and no figures, always computes anew. Results are printed before files are
+written, but for --predictions; what cannot be written is named, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ def as_json(content, indent: int | None = None) -> str:
         return json.dumps(plain(content), indent=indent)
 
 
-def write_json(content, indent: int | None = None):
+def json_writer(content, indent: int | None = None):
     """A function for `keep`."""
     return lambda file: file.write((as_json(content, indent) + "\n").encode())
 
@@ -618,8 +618,8 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     result.detections = None  # of many checkpoints they would take a lot of memory
     files = {}  # name: a function for `keep`
     if found is not None:
-        files["detections.json"] = write_json(found)
-    files["metrics.json"] = write_json(run.metrics, indent=2)
+        files["detections.json"] = json_writer(found)
+    files["metrics.json"] = json_writer(run.metrics, indent=2)
     if clusters is not None and not arguments.table:
         viewer = Viewer(model, checkpoint, dataset, process, arguments.min_score)
         experts = functools.partial(draw_experts, run, [run], viewer)  # after the other files

@@ -709,7 +709,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and adds a flag's default where it has one."""
 
     def _get_help_string(self, action):
-        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))  # 0 is something
+        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))  # 0 is a default
         return action.help if nothing else f"{action.help} (default: %(default)s)"
 
 
