@@ -1359,9 +1359,10 @@ def forever(loader: DataLoader, start: int = 0):
 
 def pass_loader(
     dataset: Dataset, batch: int, workers: int = 0, rank: int = 0, world: int = 1, wrap: bool = False,
-    seed: tuple[int, int] | None = None,
+    seed: tuple[int, int] | None = None, only: list[int] | None = None,
 ) -> DataLoader:
-    """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on.
+    """One ordered pass with `batch` images at a time on each rank; rank r has images r, r + world, and so on,
+    of all or of those whose indices `only` lists.
 
     Each image comes exactly once over all ranks. wrap: the indices go on from the start until every rank has
     the same number of full batches, which is what batch norm in training mode needs. seed: two numbers that
@@ -1370,7 +1371,7 @@ def pass_loader(
     """
     if batch < 1:
         raise DataError(f"--eval-batch {batch}: use 1 or more")
-    indices = range(rank, len(dataset), world)
+    indices = (range(len(dataset)) if only is None else only)[rank::world]
     if wrap:
         together = batch * world
         total = -(-len(dataset) // together) * together

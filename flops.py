@@ -3,7 +3,9 @@
     python flops.py                                      # the published networks, everything open
     python flops.py --variant divdr-a --size 1024 2048   # one network, part by part
     python flops.py --task detection --variant r50-fpn   # one detector: its backbone, and the whole
+    python flops.py --route u-net                        # a static network of the routing space
     python flops.py speed                                # inference, by how much of the network is open
+    python flops.py speed --compile --onnx               # also compiled, and by onnxruntime
     python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp
     python flops.py kmeans --k 2 4 8                     # beside scikit-learn where it is installed
 
@@ -15,9 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib.util
+import io
+import math
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +32,10 @@ from torch.nn import functional as F
 
 from kmeans import kmeans
 from model import (
-    VARIANTS, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors, start_process
+    VARIANTS, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors, read_route,
+    start_process,
 )
-from routing import DOWN, KEEP, OPEN, UP, RoutedBackbone, fuse, resize
+from routing import DOWN, KEEP, OPEN, ROUTES, UP, RoutedBackbone, fuse, resize
 
 # ============ multiply-adds ============
 
@@ -70,12 +78,17 @@ def print_cost(argv: list[str]) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--variant", choices=list(VARIANTS), help="the network; without it, a table of the published ones")
+    add("--route", metavar="NAME",
+        help=f"a fixed route without gates: {', '.join(ROUTES)}, or FILE:NAME of a json that "
+             "evaluate.py --experts wrote")
     add("--task", choices=["segmentation", "detection"], default="segmentation", help="what for")
     add("--size", type=number(int, 32), nargs=2, metavar=("H", "W"),
         help="height and width; by default 1024 2048, in detection 800 800")
     add("--classes", type=number(int, 1), help="classes of the head; by default 19, in detection 80")
     add_network(add)
     arguments = parser.parse_args(argv)
+    if arguments.route and arguments.variant is None:
+        arguments.variant = "fixed-route"
     if arguments.variant is None:
         if argv:
             parser.error(f"{argv[0]} describes one network: name it with --variant")
@@ -84,15 +97,17 @@ def print_cost(argv: list[str]) -> None:
     height, width = arguments.size or ([800, 800] if detection else [1024, 2048])
     classes = arguments.classes or (80 if detection else 19)
     torch.manual_seed(0)
-    detector = dict(short_sides=(min(height, width),), long_side=max(height, width)) if detection else {}
+    options = dict(short_sides=(min(height, width),), long_side=max(height, width)) if detection else {}
+    if arguments.route:
+        options["route"] = read_route(arguments.route, arguments.layers or 16)
     model = build_model(
         arguments.variant, arguments.task, classes, arguments.layers, arguments.width, arguments.gate,
-        **detector)
+        **options)
     routes = model.backbone.open_routes() if model.dim else None
     costs = {count: model.real_cost(routes, height, width, count) for count in model.counts}
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{height}x{width}, {classes} classes, {parameters:,} parameters"
-    print(f"{arguments.variant}, {size}; all gates open")
+    print(f"{arguments.route or arguments.variant}, {size}" + "; all gates open" * (routes is not None))
     print(f"{'G multiply-adds':16}" + "".join(f"{count:>12}" for count in costs))
     rows = {part: [cost[part].item() for cost in costs.values()] for part in costs[model.counts[0]]}
     rows["sum"] = [sum(parts) for parts in zip(*rows.values())]
@@ -154,16 +169,14 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
     return model.head(arrived)
 
 
-def mixed_routes(
-    backbone: RoutedBackbone, batch: int, height: int, width: int, openness: float
-) -> tuple[Tensor, float]:
-    """Random routes, another for each image, of which `openness` of the backbone's multiply-adds run.
+def mixed_routes(backbone: RoutedBackbone, height: int, width: int, openness: float) -> tuple[Tensor, float]:
+    """A random route of which `openness` of the backbone's multiply-adds run.
 
-    Returns alpha [B, 1 + nodes, 3], 0 for what is not reached, and the share that does run.
+    Returns alpha [1, 1 + nodes, 3], 0 for what is not reached, and the share that does run.
     """
     generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(batch, 1 + backbone.num_nodes, 3, generator=generator)
-    images = torch.zeros(batch, 3, backbone.stride, backbone.stride)
+    draws = torch.rand(1, 1 + backbone.num_nodes, 3, generator=generator)
+    images = torch.zeros(1, 3, backbone.stride, backbone.stride)
     full = sum(backbone.real_cost(backbone.open_routes(), height, width, "exact").values()).item()
 
     def at(share: float) -> tuple[Tensor, float]:
@@ -178,8 +191,88 @@ def mixed_routes(
     return at(high)
 
 
-def inference_contenders(model: nn.Module, images: Tensor, openness: list[float]) -> dict:
-    """Inference of a routed network, all its ways: name -> a function that gives logits."""
+@torch.no_grad()
+def set_gates(backbone: RoutedBackbone, alpha: Tensor) -> None:
+    """Makes gates say alpha [1 + nodes, 3], in [0, 1), whatever the image."""
+    for node, row in zip(backbone.all_nodes(), alpha.tolist()):
+        wanted = [row[path] for path in (KEEP, UP, DOWN) if node.exists[path]]
+        node.gate.decide.weight.zero_()
+        node.gate.decide.bias.copy_(torch.tensor([math.atanh(a) if a > 0 else -1.0 for a in wanted]))
+
+
+def in_cuda_graph(network, images: Tensor):
+    """A function that runs `network` on images of this size as one graph of kernels."""
+    static, side = images.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # nothing may be set up while the graph is recorded
+        for _ in range(3):
+            network(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = network(static)
+
+    def run() -> Tensor:
+        static.copy_(images)
+        graph.replay()
+        return out
+
+    return run
+
+
+def in_onnxruntime(network, images: Tensor):
+    """A function that runs `network` in onnxruntime, on a GPU where that has one, with torch's threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the others
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network, (images,))
+        converted = torch.onnx.export(program, (images,), dynamo=True, verbose=False)
+    providers = onnxruntime.get_available_providers()
+    session = onnxruntime.InferenceSession(
+        converted.model_proto.SerializeToString(), options, providers=providers)
+    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0]).to(images.device)
+
+
+class Logits(nn.Module):
+    """A fixed network without the padding and the rest of its output: images -> logits."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.predict(images)
+
+
+def fixed_contenders(model: nn.Module, images: Tensor, compiled: bool, onnx: bool) -> dict:
+    """Inference of the network of one route, all its ways. model: routed, all its images have that route."""
+    route = model.backbone.route(images[:1], skip=True)[1].alpha[0] > OPEN
+    network = Logits(fuse(model.cut(route))).eval()
+    contenders = {"fixed": lambda: network(images)}
+    if compiled:
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants
+            quick = torch.compile(network)
+            quick(images)
+        contenders["fixed, compiled"] = lambda: quick(images)
+    if onnx:
+        contenders["fixed, onnxruntime"] = in_onnxruntime(network, images)
+    if images.is_cuda:
+        contenders["fixed, CUDA graph"] = in_cuda_graph(network, images)
+    return contenders
+
+
+def inference_contenders(
+    model: nn.Module, images: Tensor, openness: list[float], compiled: bool, onnx: bool
+) -> dict:
+    """Inference of a routed network, all its ways: name -> a function that gives logits.
+
+    At the shares of `openness` all images have one route.
+    """
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     host = copy.deepcopy(model.backbone).cpu()
     network = fuse(copy.deepcopy(model))
@@ -188,17 +281,27 @@ def inference_contenders(model: nn.Module, images: Tensor, openness: list[float]
     def run(alpha: Tensor, skip: bool):
         return lambda: network.head(network.backbone.route(arranged, skip, alpha)[0])
 
-    every = mixed_routes(host, len(images), *images.shape[-2:], openness=1.0)[0].to(images.device)
+    every = mixed_routes(host, *images.shape[-2:], openness=1.0)[0].to(images.device)
+    every = every.expand(len(images), -1, -1)
     contenders = {"as published": lambda: run_as_published(published, images, every)}
     contenders["all open, dense"] = run(every, skip=False)
     contenders["all open, skipping"] = run(every, skip=True)
     for share in sorted(set(openness), reverse=True):
-        alpha, real = mixed_routes(host, len(images), *images.shape[-2:], share)
+        alpha, real = mixed_routes(host, *images.shape[-2:], share)
         if abs(real - share) > 0.05:
             words = f"the nearest here is {real:.2f}: stem and gates always run"
             raise InputError(f"--openness {share}: cannot be had; {words}")
-        contenders[f"{100 * real:.0f} % open, skipping"] = run(alpha.to(images.device), skip=True)
+        routed = copy.deepcopy(model)
+        set_gates(routed.backbone, alpha[0])
+        ways = {"skipping": functools.partial(run_skipping, fuse(copy.deepcopy(routed)), arranged)}
+        ways |= fixed_contenders(routed, arranged, compiled, onnx)
+        contenders |= {f"{100 * real:.0f} % open, {way}": call for way, call in ways.items()}
     return contenders
+
+
+def run_skipping(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits of a routed segmentation network that runs image by image, without closed work."""
+    return network.head(network.backbone.route(images, skip=True)[0])
 
 
 def training_contenders(model: nn.Module, images: Tensor, amp: bool, compiled: bool) -> dict:
@@ -241,14 +344,22 @@ def print_speed(argv: list[str]) -> None:
         help="inference: shares of the backbone's multiply-adds that run")
     add("--train", action="store_true", help="a training step in place of inference")
     add("--amp", action="store_true", help="training in bfloat16")
-    add("--compile", action="store_true", help="training with torch.compile")
+    add("--compile", action="store_true",
+        help="training with torch.compile; in inference also fixed routes compiled, a minute or two for each")
+    add("--onnx", action="store_true",
+        help="inference: also fixed routes by onnxruntime; needs onnx, onnxscript and onnxruntime")
     add("--runs", type=number(int, 1), default=5, help="runs of each, in turns")
     add("--device", help="cpu, cuda or mps; by default the best there is")
     arguments = parser.parse_args(argv)
     if arguments.train and min(arguments.batch) == 1 and min(arguments.size) < 256:
         parser.error("--batch 1: batch norm needs several values per channel; give a --size of at least 256")
-    if (arguments.amp or arguments.compile) and not arguments.train:
-        parser.error("--amp and --compile are of training: give --train too")
+    if arguments.amp and not arguments.train:
+        parser.error("--amp: is of training; give --train too")
+    if arguments.onnx and arguments.train:
+        parser.error("--onnx: is of inference; leave --train out")
+    for package in ("onnx", "onnxscript", "onnxruntime") if arguments.onnx else ():
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"--onnx: needs the package {package}: pip install onnx onnxscript onnxruntime")
     device = start_process(arguments.device).device
     torch.backends.cudnn.benchmark = arguments.train  # as train_seg.py does
     torch.manual_seed(0)
@@ -265,17 +376,19 @@ def print_speed(argv: list[str]) -> None:
     print(f"{arguments.variant}, {height}x{width}, {work}; {machine(device)}")
     for batch in arguments.batch:
         images = torch.randn(batch, 3, height, width, device=device)
-        print(f"batch {batch}; difference: the largest of a logit, over the largest logit")
+        print(f"batch {batch}; difference: the largest of a logit, to the first of the same network")
         with torch.inference_mode(not arguments.train):
             if arguments.train:
                 contenders = training_contenders(model, images, arguments.amp, arguments.compile)
             else:
-                contenders = inference_contenders(model, images, arguments.openness)
-            outputs = {name: run() for name, run in contenders.items() if "%" not in name}
+                contenders = inference_contenders(
+                    model, images, arguments.openness, arguments.compile, arguments.onnx)
+            outputs = {name: run().clone() for name, run in contenders.items()}
             seconds, peaks = time_in_turns(contenders, arguments.runs, device)
-        reference = outputs["as published"]
-        notes = {}
+        notes, first = {}, {}
         for name, output in outputs.items():
+            same = name.split(",")[0] if "%" in name else "everything open"
+            reference = first.setdefault(same, output)
             difference = (output - reference).abs().max() / reference.abs().max()
             notes[name] = f"difference {difference.item():.1e}"
         print_seconds(seconds, peaks, notes)
@@ -355,12 +468,12 @@ def time_in_turns(contenders: dict, runs: int, device: torch.device) -> tuple[di
 def print_seconds(seconds: dict[str, list], peaks: dict[str, float], notes: dict[str, str]) -> None:
     """One row per contender: median, min and max, and the ratio of its median to the first one's."""
     first = statistics.median(next(iter(seconds.values())))
-    print(f"  {'':24}{'median s':>10}{'min':>10}{'max':>10}{'ratio':>8}" + f"{'peak MiB':>10}" * bool(peaks))
+    print(f"  {'':28}{'median s':>10}{'min':>10}{'max':>10}{'ratio':>8}" + f"{'peak MiB':>10}" * bool(peaks))
     for name, times in seconds.items():
         median = statistics.median(times)
         numbers = "".join(f"{value:10.4f}" for value in (median, min(times), max(times)))
         peak = f"{peaks[name]:10.0f}" if name in peaks else ""
-        print(f"  {name:24}{numbers}{median / first:8.2f}{peak}   {notes.get(name, '')}".rstrip())
+        print(f"  {name:28}{numbers}{median / first:8.2f}{peak}   {notes.get(name, '')}".rstrip())
 
 
 @one_line_errors(InputError)

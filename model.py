@@ -7,14 +7,18 @@
     out = model(images, targets)                    # lists, as torchvision's detectors take them; out.losses
     out = model.eval()(images)                      # out.detections, out.A, out.routes
 
-A *routed* model is a `RoutedBackbone` with a head. A *static* one is torchvision's, behind the same
-interface: one training loop and one evaluation serve both.
+A *routed* model is a `RoutedBackbone` with a head. A *static* one is torchvision's, or a `FixedBackbone` with
+a head, behind the same interface: one training loop and one evaluation serve all.
+
+    fixed = model.cut(route)                        # the static network of a route, bool [1 + nodes, 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import json
 import math
 import os
 import re
@@ -40,7 +44,10 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from tqdm import tqdm
 
-from routing import RoutedBackbone, Routes, conv_bn, conv_cost, pad_to_stride, resize
+from routing import (
+    ROUTES, FixedBackbone, RoutedBackbone, Routes, at_least_float32, conv_bn, conv_cost, named_route,
+    nodes_per_layer, pad_to_stride, resize,
+)
 
 
 class InputError(ValueError):
@@ -59,6 +66,7 @@ class Variant:
     lambda2: float = 0.0  # weight of the clustering loss
     static: str | None = None  # the one task of a network without gates; None: routed, for every task
     full_in_detection: bool = False  # its gates are full there
+    of_torchvision: bool = False  # not in the routing space, and of one size
 
     def gate(self, task: str) -> str | None:
         """The kind of gate, "full" or "small"; None of a static network."""
@@ -75,8 +83,9 @@ VARIANTS = {
     "dr-raw": Variant(full_in_detection=True),
     "divdr-a": Variant(lambda1=0.8, budget=0.1, lambda2=0.02),
     "divdr-raw": Variant(lambda2=0.02),
-    "deeplabv3-r101": Variant(static="segmentation"),
-    "r50-fpn": Variant(static="detection"),
+    "fixed-route": Variant(static="segmentation"),
+    "deeplabv3-r101": Variant(static="segmentation", of_torchvision=True),
+    "r50-fpn": Variant(static="detection", of_torchvision=True),
 }
 
 
@@ -92,6 +101,7 @@ def build_model(
     layers: int | None = None,
     width: int | None = None,
     gate: str | None = None,
+    route: list | Tensor | None = None,
     **detector,
 ) -> nn.Module:
     """The network of a variant.
@@ -102,6 +112,7 @@ def build_model(
         num_classes: in detection without the background.
         layers, width: size of a routed backbone, by default 64 wide with 16 layers, in detection with 17.
         gate: "full" or "small", by default the variant's.
+        route: of "fixed-route", bool [1 + nodes, 3]; see `FixedBackbone`.
         detector: in detection, the arguments of `Detector`, all with defaults; pyramid, channels of the maps
             (256), the heads' widths follow; frozen (False), see `resnet50_fpn`.
 
@@ -110,10 +121,14 @@ def build_model(
     if variant not in variants_of(task):
         names = ", ".join(variants_of(task))
         raise InputError(f"--variant {variant}: not a network for {task}; choose one of {names}")
-    static = VARIANTS[variant].static
+    static, of_torchvision = VARIANTS[variant].static, VARIANTS[variant].of_torchvision
     channels, frozen = detector.pop("pyramid", None), detector.pop("frozen", False)
-    if static and (layers, width, gate, channels) != (None,) * 4:
+    if of_torchvision and (layers, width, gate, channels) != (None,) * 4:
         raise InputError(f"--layers, --width, --gate and --pyramid: {variant} is a network of fixed size")
+    if (route is None) == (variant == "fixed-route"):
+        raise InputError(f"--variant {variant}: a route is needed by fixed-route, and by no other")
+    if route is not None and gate:
+        raise InputError(f"--gate {gate}: a network of a fixed route has no gates; leave it out")
     if layers is None:
         layers = 16 if task == "segmentation" else 17
     size = (layers, 64 if width is None else width, gate or VARIANTS[variant].gate(task))
@@ -121,8 +136,13 @@ def build_model(
         if task == "detection":
             pyramid = resnet50_fpn(frozen) if static else RoutedPyramid(*size, channels or 256)
             model = Detector(num_classes, pyramid, **detector)
-        elif static:
+        elif of_torchvision:
             model = StaticSegmenter(deeplabv3_resnet101, num_classes)
+        elif static:
+            backbone = FixedBackbone(torch.as_tensor(route), size[0], size[1], gate=None)
+            coarsest = max(s for s, delivered in enumerate(backbone.delivered) if delivered)
+            head = SegmentationHead(backbone.channels[: coarsest + 1], num_classes)
+            model = FixedSegmenter(backbone, head)
         else:
             model = RoutedSegmenter(num_classes, *size)
     except ValueError as error:
@@ -162,12 +182,16 @@ class SegmentationHead(nn.Module):
         y = self.laterals[-1](features.pop())
         for lateral in reversed(self.laterals[:-1]):
             y = lateral(resize(y, scale_factor=2) + features.pop())
-        y = self.predictor(y)
-        y = y.to(torch.promote_types(y.dtype, torch.float32))  # classes differ by less than half precision
+        y = at_least_float32(self.predictor(y))  # classes differ by less than half precision
         return resize(y, scale_factor=4)
 
-    def cost(self, height: int, width: int, count: str) -> int:
-        """Multiply-adds; for `count` see `RoutedBackbone.costs`. The paper count takes an H/4 x H/4 map."""
+    def real_cost(self, like: Tensor, height: int, width: int, stride: int, count: str) -> Tensor:
+        """Multiply-adds of an image, as a tensor like the one given; for `count` see `Grid.costs`.
+
+        The paper count takes an H/4 x H/4 map. The others are of an image padded to `stride`.
+        """
+        if count != "paper":
+            height, width = height + -height % stride, width + -width % stride
         h, w = height // 4, (height if count == "paper" else width) // 4
         total = conv_cost(self.predictor.in_channels, self.predictor.out_channels, h, w, k=3)
         per_element = 0 if count == "conv" else 3  # batch norm and ReLU
@@ -175,7 +199,7 @@ class SegmentationHead(nn.Module):
             c, narrower = lateral[0].in_channels, lateral[0].out_channels
             total += conv_cost(c, narrower, h // 2**s, w // 2**s)
             total += per_element * narrower * (h // 2**s) * (w // 2**s)
-        return total
+        return torch.full_like(like, total)
 
 
 class RoutedSegmenter(nn.Module):
@@ -205,6 +229,11 @@ class RoutedSegmenter(nn.Module):
         images = pad_to_stride(images, self.backbone.stride)
         return images.contiguous(memory_format=torch.channels_last)
 
+    def cut(self, route: Tensor) -> FixedSegmenter:
+        """The static network of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
+        fixed = FixedSegmenter(self.backbone.cut(route), copy.deepcopy(self.head))
+        return fixed.to(memory_format=torch.channels_last)
+
     def budgeted_cost(self, height: int, width: int) -> int:
         """C_all of the budget: `SegmentationOutput.cost` with everything open."""
         return self.backbone.costs(height, width).budgeted
@@ -212,13 +241,42 @@ class RoutedSegmenter(nn.Module):
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of each image by part, int64 [B]: stem, cells, paths, gates, head.
 
-        For `count` see `RoutedBackbone.costs`.
+        For `count` see `Grid.costs`.
         """
         cost = self.backbone.real_cost(routes, height, width, count)
-        if count != "paper":
-            stride = self.backbone.stride
-            height, width = height + -height % stride, width + -width % stride
-        return cost | {"head": torch.full_like(cost["stem"], self.head.cost(height, width, count))}
+        return cost | {"head": self.head.real_cost(cost["stem"], height, width, self.backbone.stride, count)}
+
+
+class FixedSegmenter(nn.Module):
+    """A backbone with one route for all images and the segmentation head; images of any size, padded inside.
+
+    Exported, it takes sizes that need no padding: call `predict`.
+    """
+
+    counts = ("paper", "exact")
+    dim = 0
+
+    def __init__(self, backbone: FixedBackbone, head: SegmentationHead):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        height, width = images.shape[-2:]
+        images = pad_to_stride(images, self.backbone.stride)
+        logits = self.predict(images.contiguous(memory_format=torch.channels_last))
+        routes = Routes.none(len(images))
+        return SegmentationOutput(
+            logits[..., :height, :width], routes.A, logits.new_zeros(len(images)), routes)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W], H and W multiples of the stride -> logits [B, classes, H, W]."""
+        features = self.backbone(images)
+        return self.head(features[: len(self.head.laterals)])
+
+    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
+        """Multiply-adds of any image by part, int64 [1]: stem, cells, paths, gates, head."""
+        cost = self.backbone.real_cost(height, width, count)
+        return cost | {"head": self.head.real_cost(cost["stem"], height, width, self.backbone.stride, count)}
 
 
 # What training and evaluation ask of a segmentation model, whatever its backbone:
@@ -251,6 +309,68 @@ class StaticSegmenter(nn.Module):
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "exact") -> dict[str, Tensor]:
         """Multiply-adds of an image, int64 [1]: every image costs the same."""
         return {"network": static_cost(self.build, height, width, elementwise=count != "conv")}
+
+
+def read_route(text: str, layers: int) -> Tensor:
+    """A name of `ROUTES`, or FILE or FILE:NAME with a json of evaluate.py -> the route, bool [1 + nodes, 3].
+
+    Raises InputError, which says what to do, where it is neither, or of a grid with another number of layers.
+    """
+    if text in ROUTES:
+        return named_route(text, layers)
+    path, _, name = (text, "", "") if Path(text).is_file() else text.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--route {text}: no such file, and none of {', '.join(ROUTES)}")
+    try:
+        contents = json.loads(Path(path).read_text())
+        routes = {known: torch.tensor(rows) for known, rows in contents["routes"].items()}
+        if any(rows.dtype not in (torch.bool, torch.int64) or rows.dim() != 2 for rows in routes.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        words = "no json with routes, as evaluate.py --experts writes it"
+        raise InputError(f"--route {path}: {words}") from None
+    if name not in routes:
+        raise InputError(f"--route {text}: choose one of {', '.join(f'{path}:{known}' for known in routes)}")
+    grid = 1 + sum(nodes_per_layer(layers))
+    if routes[name].shape != (grid, 3):
+        has = f"{len(routes[name])} rows, and a grid of {layers} layers has {grid}"
+        raise InputError(f"--route {text}: has {has}; give the --layers of the run that it was cut from")
+    return routes[name].bool()
+
+
+class Dispatcher(nn.Module):
+    """Which expert takes an image: images [B, 3, H, W] -> scores [B, K], linear in the mean of the stem map.
+
+    The stem is a copy of the routed network's, which all experts share.
+    """
+
+    def __init__(self, stem: nn.Module, decide: nn.Linear):
+        super().__init__()
+        self.stem, self.decide = copy.deepcopy(stem), decide
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decide(self.stem(images).mean((2, 3)))
+
+
+def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
+    """Linear discriminant analysis, in closed form: pooled [N, C], labels [N] in [0, k) -> scores [., k].
+
+    A score is the logarithm of the class's share times its Gaussian density, but for what all have in common;
+    the Gaussians share their covariance. A class without samples gets no image.
+    """
+    x, sizes = pooled.double(), labels.bincount(minlength=k)
+    means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / sizes.clamp(min=1)[:, None]
+    away = x - means[labels]
+    covariance = away.T @ away / len(x)
+    ridge = 1e-4 * covariance.diagonal().mean() + 1e-12  # channels can be constant, or fewer than images
+    covariance += ridge * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(covariance, means.T).T  # [k, C]
+    share = (sizes / len(x)).clamp(min=1e-30).log()
+    decide = nn.Linear(x.shape[1], k)
+    with torch.no_grad():
+        decide.weight.copy_(weight)
+        decide.bias.copy_(share - (weight * means).sum(1) / 2)
+    return decide
 
 
 # ============ detection ============
@@ -286,6 +406,22 @@ class RoutedPyramid(nn.Module):
         for level, (lateral, feature) in enumerate(zip(self.laterals, features)):
             maps[str(level)] = lateral(feature)
         return maps, routes
+
+
+class FixedPyramid(nn.Module):
+    """A `RoutedPyramid` with one route for all images."""
+
+    def __init__(self, backbone: FixedBackbone, laterals: nn.ModuleList):
+        super().__init__()
+        self.out_channels = laterals[0].out_channels
+        self.backbone, self.laterals = backbone, laterals
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride]."""
+        maps = OrderedDict()
+        for level, (lateral, feature) in enumerate(zip(self.laterals, self.backbone(x))):
+            maps[str(level)] = lateral(feature)
+        return maps
 
 
 class Detector(nn.Module):
@@ -383,6 +519,14 @@ class Detector(nn.Module):
         losses = losses | roi_losses
         return DetectionOutput(losses, detections, routes.A, cost, routes, batch.image_sizes, padded)
 
+    def cut(self, route: Tensor) -> Detector:
+        """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
+        fixed, pyramid = copy.deepcopy(self), self.pyramid
+        backbone, laterals = pyramid.backbone.cut(route), copy.deepcopy(pyramid.laterals)
+        fixed.rcnn.backbone = FixedPyramid(backbone, laterals)
+        fixed.routed, fixed.dim = False, 0
+        return fixed.to(memory_format=torch.channels_last)
+
     def routes(self, images: list[Tensor]) -> Routes:
         """The routes alone: no heads run."""
         return self.pyramid(self.prepare(images)[0].tensors)[1]
@@ -398,6 +542,8 @@ class Detector(nn.Module):
         """
         if self.routed:
             return self.backbone.real_cost(routes, height, width, count)
+        if isinstance(self.pyramid, FixedPyramid):
+            return self.backbone.real_cost(height, width, count)
         if count != "paper":
             height, width = height + -height % self.stride, width + -width % self.stride
         return {"network": static_cost(resnet50_fpn, height, width, elementwise=count == "exact")}
@@ -648,12 +794,12 @@ def load_matching(model: nn.Module, found: dict[str, Tensor]) -> Initialized:
 def initialize(model: nn.Module, path: Path | str) -> Initialized:
     """Starts a model from the weights of a file.
 
-    A routed model takes a checkpoint of ours, for either task, or its weights alone, or a checkpoint of
+    A model of the routing space takes a checkpoint of ours, for either task, or its weights alone, or one of
     Dynamic Routing's authors. Gates and head may be missing in it, as in the authors' ImageNet backbones
     "Fix". `r50-fpn` takes torchvision's ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101.
     Raises InputError where the file cannot be read or does not fit.
     """
-    if not model.dim:
+    if not model.dim and not isinstance(model, FixedSegmenter):
         detector = isinstance(model, Detector)
         body = model.pyramid.body if detector else model.network.backbone
         wanted = f"torchvision's weights of ResNet-{50 if detector else 101}"

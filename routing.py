@@ -2,6 +2,7 @@
 
     backbone = RoutedBackbone(layers=16, width=64, gate="full")
     features, A, cost = backbone(images)     # images [B, 3, H, W], H and W multiples of backbone.stride
+    features = backbone.cut(route)(images)   # static: the paths of `route` alone, bool [1 + nodes, 3]
 
 The network is a grid of layers x scales. Node s of a layer works at scale s: stride 4·2^s, width·2^s
 channels. Its *cell* transforms the sum of what arrives. Its *gate* looks at the same sum and gives each
@@ -17,6 +18,9 @@ every image has an architecture of its own, A(x). Four words say what runs for a
 Training runs everything and multiplies by zero what is closed. Evaluation can skip closed work, image by
 image. Both follow these rules and give the same result, in float32 within 1e-5; where convolutions run in
 TF32, torch's default on GPUs that have it, within 3e-3, and a gate at its threshold may decide otherwise.
+
+A *route* is a choice of paths for all images. Nodes and paths outside it do not exist, and a node without a
+path in it is closed: what is left is a static network, a `FixedBackbone`.
 
 The space is that of Dynamic Routing (Li et al., CVPR 2020), A(x) that of DivDR, section 3. Needs torch alone.
 """
@@ -101,6 +105,70 @@ def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) ->
     return [depthwise, *conv_bn(c_in, c_out, relu, kernel_size=1)]
 
 
+# Classic networks that can be drawn in the routing space (Dynamic Routing, section 4).
+ROUTES = ("fcn-32s", "deeplabv3", "u-net", "hrnetv2", "auto-deeplab")
+AUTO_DEEPLAB = (0, 0, 0, 1, 2, 1, 2, 2, 3, 3, 2, 1)  # scales of its 12 cells (Liu et al., CVPR 2019)
+
+
+def named_route(name: str, layers: int = 16) -> Tensor:
+    """The route of a classic network, bool [1 + nodes, 3], in a grid of four scales.
+
+    fcn-32s:       one cell per layer, a quarter of the layers at each stride, 4 to 32.
+    deeplabv3:     the same down to stride 16; in the last quarter three branches at strides 8, 16 and 32 take
+                   the place of its pyramid of dilated convolutions.
+    u-net:         down and up again, a scale every eighth of the layers; each scale runs from the way down to
+                   the way up, where the two are added.
+    hrnetv2:       every quarter of the layers a coarser scale joins; all run on, and every second layer
+                   neighbours exchange their maps.
+    auto-deeplab:  one cell per layer, at the scales of the network that was found for Cityscapes.
+
+    Raises ValueError for another name.
+    """
+    if name not in ROUTES:
+        raise ValueError(f"route {name!r}: known are {', '.join(ROUTES)}")
+    counts, quarter = nodes_per_layer(layers), layers // 4
+    runs: set[tuple[int, int]] = set()  # (layer, scale) of the cells
+    leaves: set[tuple[int, int, int]] = set()  # (layer, scale, path), but for keep
+    if name == "u-net":
+        step = max(1, layers // 8)
+        for s in range(4):
+            first, last = step * s, layers - 1 - step * s
+            runs |= {(layer, s) for layer in range(first, last + 1)}
+            if s and first <= last:
+                leaves |= {(first - 1, s - 1, DOWN), (last, s, UP)}
+    elif name == "hrnetv2":
+        runs |= {(layer, s) for s in range(4) for layer in range(-(-s * layers // 4), layers)}
+        for layer, s in runs:
+            if s and (layer - 1, s) not in runs:
+                leaves |= {(layer - 1, s - 1, DOWN)}
+            if s and layer % 2 and layer < layers - 1:
+                leaves |= {(layer, s - 1, DOWN), (layer, s, UP)}
+    else:
+        wanted = {
+            "fcn-32s": [4 * layer // layers for layer in range(layers)],
+            "deeplabv3": [min(4 * layer // layers, 2) for layer in range(layers)],
+            "auto-deeplab": [AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)],
+        }[name]
+        at = [0]
+        for scale in wanted[1:]:
+            at.append(at[-1] + (scale > at[-1]) - (scale < at[-1]))  # one scale at a time
+        runs |= set(enumerate(at))
+        for layer, (s, after) in enumerate(zip(at, at[1:])):
+            leaves |= {(layer, s, after - s + 1)} if s != after else set()
+        branches = layers - quarter
+        if name == "deeplabv3" and quarter and at[branches - 1] == 2:
+            runs |= {(layer, s) for layer in range(branches, layers) for s in (1, 2, 3)}
+            leaves |= {(branches - 1, 2, UP), (branches - 1, 2, DOWN)}
+
+    rows = [[False, True, False]]  # of the init node
+    for layer, count in enumerate(counts):
+        for s in range(count):
+            row = [(layer, s, path) in leaves for path in (UP, KEEP, DOWN)]
+            row[KEEP] = (layer, s) in runs and ((layer + 1, s) in runs or layer == layers - 1)
+            rows.append(row)
+    return torch.tensor(rows)
+
+
 def stem(width: int) -> nn.Sequential:
     """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution is not padded: 256 -> 127 -> 127 -> 64."""
     return nn.Sequential(
@@ -115,8 +183,15 @@ def resize(x: Tensor, **size) -> Tensor:
 
     Under autocast a GPU would make it float32, and with it all that is added to it further on.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, mode="bilinear", align_corners=False, **size)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.interpolate(x, mode="bilinear", align_corners=False, **size)
+    return F.interpolate(x, mode="bilinear", align_corners=False, **size)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Cell(nn.Module):
@@ -155,15 +230,15 @@ class Gate(nn.Module):
 
 
 class Node(nn.Module):
-    """A cell, its gate, and the paths that leave it."""
+    """A cell, its gate (None: no gate), and the paths that leave it."""
 
-    def __init__(self, channels: int, up: bool, down: bool, gate: str):
+    def __init__(self, channels: int, up: bool, down: bool, gate: str | None):
         super().__init__()
         self.channels = channels
         self.cell = Cell(channels)
         self.up = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1)) if up else None
         self.down = nn.Sequential(*conv_bn(channels, channels * 2, kernel_size=1)) if down else None
-        self.gate = Gate(channels, 1 + up + down, small=gate == "small")
+        self.gate = Gate(channels, 1 + up + down, small=gate == "small") if gate else None
         self.exists = (up, True, down)  # by path
 
     @property
@@ -173,15 +248,14 @@ class Node(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits [B, 3] as (up, keep, down), at least in float32; 0 for a path that does not exist."""
-        gate = self.gate(x)
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))  # half precision cannot tell OPEN
+        gate = at_least_float32(self.gate(x))  # half precision cannot tell OPEN
         order = [path for path in (KEEP, UP, DOWN) if self.exists[path]]
         column = dict(zip(order, gate.unbind(1)))
-        nothing = gate.new_zeros(len(gate))
+        nothing = gate.new_zeros(gate.shape[0])  # with len() an exported network would keep this batch
         return torch.stack([column.get(path, nothing) for path in (UP, KEEP, DOWN)], 1)
 
-    def carry(self, path: int, h: Tensor, weight: Tensor) -> Tensor:
-        """Sends the cell's output [B, C, h, w] up or down one scale, multiplied by `weight` [B, 1, 1, 1]."""
+    def carry(self, path: int, h: Tensor, weight: Tensor | None) -> Tensor:
+        """Sends the cell's output [B, C, h, w] up or down one scale, times `weight` [B, 1, 1, 1] if given."""
         if path == UP:
             return resize(_weighted(self.up(h), weight), scale_factor=2)
         # Pooling takes the stride: a strided 1x1 convolution of few channels in channels_last writes past its
@@ -189,22 +263,23 @@ class Node(nn.Module):
         return _weighted(self.down(F.avg_pool2d(h, 1, stride=2)), weight)
 
 
-class RoutedBackbone(nn.Module):
-    """Images [B, 3, H, W] -> (features, A, cost); see `forward`.
+class Grid(nn.Module):
+    """Stem and nodes of the routing space, with all paths, and what each part costs.
 
     Args:
         layers: 16 gives the 61 nodes of Layer16, 33 those of Layer33; with `scales=5`, 17 gives Layer17's 66.
         width: channels at stride 4, doubled with every coarser scale; even.
-        gate: "full", or "small": the gate sees its input shrunk to a quarter.
+        gate: "full", or "small": the gate sees its input shrunk to a quarter; None: no gates.
         scales: nodes of the last layer, 4 (segmentation, strides 4...32) or 5 (detection, strides 4...64).
 
     Attributes: nodes_per_layer, num_nodes, channels (of each output), stride (the coarsest; H and W are
     multiples of it). Raises ValueError for sizes that cannot be built.
     """
 
-    def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
+    def __init__(self, layers: int = 16, width: int = 64, gate: str | None = "full", scales: int = 4):
         super().__init__()
-        if gate not in ("full", "small"):
+        kinds = ("full", "small", None)[: 2 if isinstance(self, RoutedBackbone) else 3]
+        if gate not in kinds:
             raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small'")
         if width < 2 or width % 2:
             raise ValueError(f"width={width}: must be even, for gates halve it, and at least 2")
@@ -234,6 +309,51 @@ class RoutedBackbone(nn.Module):
         """The init node, then the nodes by layer and scale: the rows of `Routes` and `Costs`."""
         return [self.init] + [node for layer in self.layers for node in layer]
 
+    def _layers(self):
+        """The layers, the init node's first, each with the rows of its nodes in `Routes`."""
+        first = 0
+        for layer in [[self.init], *self.layers]:
+            yield layer, slice(first, first + len(layer))
+            first += len(layer)
+
+    def _check_size(self, x: Tensor) -> None:
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
+
+    def costs(self, height: int, width: int, count: str = "paper") -> Costs:
+        """Multiply-adds of every part for one image of `height` x `width` pixels.
+
+        Args:
+            count: "paper" is what the published code of Dynamic Routing reports: map sizes rounded down;
+                every gate, run or not; a ReLU with each path; nothing for the init node's cell and gate, nor
+                for keep in the last layer. "exact" is what runs here, at sizes padded to `stride`. "conv" is
+                the convolutions of "exact" alone: half of what `torch.utils.flop_counter` counts.
+        """
+        if count not in ("paper", "exact", "conv"):
+            raise ValueError(f"count={count!r}: known counts are 'paper', 'exact' and 'conv'")
+        key = (height, width, count)
+        if key not in self._costs:
+            self._costs[key] = _count_costs(self, height, width, count)
+        return self._costs[key]
+
+    def _sum_costs(self, costs: Costs, opened: Tensor, gated: Tensor) -> dict[str, Tensor]:
+        """Multiply-adds [B] by part, of the paths that are `opened` [B, 1 + nodes, 3] and the gates that
+        count, `gated` [B, 1 + nodes], both on the CPU."""
+        return {
+            "stem": torch.full((len(opened),), costs.stem),
+            "cells": (opened.any(-1) * costs.cell).sum(1),
+            "paths": (opened * costs.path).sum((1, 2)),
+            "gates": (gated * costs.gate).sum(1),
+        }
+
+
+class RoutedBackbone(Grid):
+    """A grid whose gates route each image: images [B, 3, H, W] -> (features, A, cost); see `forward`.
+
+    Arguments and attributes are those of `Grid`; `gate` is not None.
+    """
+
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Images [B, 3, H, W] -> features, A, cost.
 
@@ -257,9 +377,8 @@ class RoutedBackbone(nn.Module):
                 takes less time together, and so does any batch on a GPU.
             alpha: [B, 1 + nodes, 3] in place of what the gates say; they run all the same.
         """
+        self._check_size(x)
         batch, _, height, width = x.shape
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
         if skip is None:
             large = self.width * height * width // 16 >= LARGE
             one_by_one = batch == 1 or large and x.device.type == "cpu"
@@ -274,13 +393,6 @@ class RoutedBackbone(nn.Module):
         logits, alpha, reached, _ = zip(*routes)
         features = [torch.cat(maps) for maps in zip(*features)]
         return features, Routes(torch.cat(logits), torch.cat(alpha), torch.cat(reached), [])
-
-    def _layers(self):
-        """The layers, the init node's first, each with the rows of its nodes in `Routes`."""
-        first = 0
-        for layer in [[self.init], *self.layers]:
-            yield layer, slice(first, first + len(layer))
-            first += len(layer)
 
     def _run_masked(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
         """Runs everything and multiplies by zero what is closed."""
@@ -357,22 +469,6 @@ class RoutedBackbone(nn.Module):
         logits, alpha, reached = zip(*decided)
         return features, Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), [])
 
-    def costs(self, height: int, width: int, count: str = "paper") -> Costs:
-        """Multiply-adds of every part for one image of `height` x `width` pixels.
-
-        Args:
-            count: "paper" is what the published code of Dynamic Routing reports: map sizes rounded down;
-                every gate, run or not; a ReLU with each path; nothing for the init node's cell and gate, nor
-                for keep in the last layer. "exact" is what runs here, at sizes padded to `stride`. "conv" is
-                the convolutions of "exact" alone: half of what `torch.utils.flop_counter` counts.
-        """
-        if count not in ("paper", "exact", "conv"):
-            raise ValueError(f"count={count!r}: known counts are 'paper', 'exact' and 'conv'")
-        key = (height, width, count)
-        if key not in self._costs:
-            self._costs[key] = _count_costs(self, height, width, count)
-        return self._costs[key]
-
     def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
         """Multiply-adds [B] (paper count), a path's times alpha, a cell's times its node's largest alpha."""
         costs, alpha = self.costs(height, width), routes.alpha
@@ -383,19 +479,148 @@ class RoutedBackbone(nn.Module):
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of each image by part: stem, cells, paths, gates, each int64 [B] on the CPU."""
         costs = self.costs(height, width, count)
-        opened = (routes.alpha > OPEN).cpu()
         gated = torch.ones_like(routes.reached) if costs.every_gate else routes.reached
-        return {
-            "stem": torch.full((len(opened),), costs.stem),
-            "cells": (opened.any(-1) * costs.cell).sum(1),
-            "paths": (opened * costs.path).sum((1, 2)),
-            "gates": (gated.cpu() * costs.gate).sum(1),
-        }
+        return self._sum_costs(costs, (routes.alpha > OPEN).cpu(), gated.cpu())
 
     def open_routes(self) -> Routes:
         """The routes of one image with everything open, every alpha 1: [1, 1 + nodes, ...]."""
         alpha = torch.tensor([node.exists for node in self.all_nodes()])[None].float()
         return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool), [])
+
+
+    def cut(self, route: Tensor) -> FixedBackbone:
+        """The static network of a route, bool [1 + nodes, 3], with a copy of the weights that it uses."""
+        scales = len(self.channels)
+        fixed = FixedBackbone(route, len(self.nodes_per_layer), self.width, self.gate, scales)
+        fixed.to(self.stem[0].weight).train(self.training)
+        weights = self.state_dict()
+        fixed.load_state_dict({name: weights[name] for name in fixed.state_dict()})
+        return fixed
+
+
+class FixedBackbone(Grid):
+    """The static network of one route: images [B, 3, H, W] -> features. Nothing in it depends on the data.
+
+    Nodes and paths outside the route do not exist, nor do their weights; a node without a path in the route
+    is closed for every image. Inside, gates weigh paths and close nodes image by image, as they would in the
+    routed network. On an image whose own open paths all lie in the route, and whose other nodes are closed,
+    the features are the routed network's. Without gates every alpha is 1.
+
+    Args:
+        route: bool [1 + nodes, 3], the init node first, as (up, keep, down). Nodes that it does not reach are
+            closed.
+        layers, width, gate, scales: as in `Grid`.
+
+    Attributes: route, without what is not reached; delivered, for each output whether anything arrives
+    there: elsewhere it is 0. Raises ValueError for a route of another grid.
+    """
+
+    def __init__(
+        self, route: Tensor, layers: int = 16, width: int = 64, gate: str | None = "small", scales: int = 4
+    ):
+        super().__init__(layers, width, gate, scales)
+        exists = torch.tensor([node.exists for node in self.all_nodes()])
+        if route.shape != exists.shape:
+            shapes = f"{tuple(route.shape)}, with {layers} layers it is {tuple(exists.shape)}"
+            raise ValueError(f"route of shape {shapes}: a row of up, keep, down for each node")
+        if (route.cpu().bool() & ~exists).any():
+            row = (route.cpu().bool() & ~exists).any(1).nonzero()[0].item()
+            raise ValueError(f"route: row {row} opens a path that its node does not have")
+        route = self._reached_part(route.cpu().bool())
+        self.register_buffer("route", route, persistent=False)
+        self.rows = route.tolist()  # the same, for what is decided once
+        for node, row in zip(self.all_nodes(), self.rows):
+            if not any(row):
+                node.cell = node.gate = None
+            node.up = node.up if row[UP] else None
+            node.down = node.down if row[DOWN] else None
+        self.delivered = self._outputs_delivered()
+
+    def _reached_part(self, route: Tensor) -> Tensor:
+        """The route without the paths of nodes that it never reaches."""
+        route, reached = route.clone(), torch.ones(1, 1, dtype=torch.bool)
+        for layer, rows in self._layers():
+            route[rows] &= reached[0, :, None]
+            reached = _reached_next(layer, reached, ~route[None, rows].any(-1))
+        return route
+
+    def _outputs_delivered(self) -> list[bool]:
+        arrives = [True]
+        for layer, rows in self._layers():
+            following = [False] * _count_targets(layer)
+            for s, row in enumerate(self.rows[rows]):
+                for path, opened in enumerate(row if any(row) else (False, arrives[s], False)):
+                    if opened:
+                        following[s + path - 1] = True
+                if any(row) and self.gate:  # on an image for which its gate closes it
+                    following[s] |= arrives[s]
+            arrives = following
+        return arrives
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> one tensor [B, width·2^s, H/4/2^s, W/4/2^s] per scale, fine to coarse.
+
+        Raises ValueError if H or W is not a multiple of `stride`.
+        """
+        self._check_size(x)
+        first = self.stem(x)
+        B, C, H, W = first.shape
+
+        def zeros(s):
+            return first.new_zeros(B, C * 2**s, H // 2**s, W // 2**s)
+
+        arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing arrives for any image
+        reached = torch.ones(B, 1, dtype=torch.bool, device=x.device)  # [B, n]
+        for layer, rows in self._layers():
+            following = [None] * _count_targets(layer)
+            route = self.rows[rows]
+            for s, row in enumerate(route):
+                if any(row) and arrived[s] is None:  # reached by an open node that sends nothing
+                    arrived[s] = zeros(s)
+            weight = passes = None
+            if self.gate:
+                weight, passes, reached = self._weigh(layer, rows, arrived, reached)
+            for s, (node, y, row) in enumerate(zip(layer, arrived, route)):
+                if not any(row):
+                    if y is not None:
+                        _add(following, s, y)
+                    continue
+                h = node.cell(y)
+                for path in (UP, DOWN):
+                    if row[path]:
+                        _add(following, s + path - 1, node.carry(path, h, _of(weight, s, path)))
+                if row[KEEP]:
+                    _add(following, s, h, _of(weight, s, KEEP))
+                if self.gate:
+                    _add(following, s, y, passes[:, s])
+            arrived = following
+        return [zeros(s) if y is None else y for s, y in enumerate(arrived)]
+
+    def _weigh(self, layer, rows: slice, arrived: list, reached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer's gates say -> weights [B, n, 3, 1, 1, 1], what closed nodes multiply their input by
+        [B, n, 1, 1, 1], and which nodes of the next layer are reached [B, n_next]."""
+        first = next(y for y in arrived if y is not None)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        nothing = torch.zeros(reached.shape[0], 3, dtype=dtype, device=first.device)
+        logits = []
+        for node, y in zip(layer, arrived):
+            logits.append(nothing if node.gate is None else node.logits(y))
+        alpha = F.relu(torch.tanh(torch.stack(logits, 1))) * reached[..., None]  # [B, n, 3]
+        alpha = alpha.masked_fill(~self.route[rows] & (alpha > OPEN), 0)
+        closed = alpha.sum(-1) < OPEN
+        weight = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]
+        passes = closed.to(first.dtype)[..., None, None, None]
+        return weight, passes, _reached_next(layer, reached, closed)
+
+    def real_cost(self, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
+        """Multiply-adds of any image by part: stem, cells, paths, gates, each int64 [1] on the CPU."""
+        opened = self.route[None].cpu()
+        return self._sum_costs(self.costs(height, width, count), opened, opened.any(-1))
+
+
+def _of(weight: Tensor | None, s: int, path: int) -> Tensor | None:
+    """The weight [B, 1, 1, 1] of a path of node s."""
+    return None if weight is None else weight[:, s, path]
 
 
 def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None, rows: slice) -> Tensor:
@@ -424,8 +649,10 @@ def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
     return keep | up | down
 
 
-def _weighted(y: Tensor, weight: Tensor) -> Tensor:
+def _weighted(y: Tensor, weight: Tensor | None) -> Tensor:
     """y times `weight`; without gradients in place: the caller must not use y afterwards."""
+    if weight is None:
+        return y
     return y * weight if torch.is_grad_enabled() else y.mul_(weight)
 
 
@@ -433,7 +660,7 @@ def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> N
     """Adds y, or y times `weight`, to the input of the next layer's node `to`; without gradients in place."""
     total = following[to]
     if total is None:
-        following[to] = y if weight is None else _weighted(y, weight)
+        following[to] = _weighted(y, weight)
         return
     into = None if torch.is_grad_enabled() else total
     if weight is None:
@@ -468,8 +695,8 @@ def conv_cost(c_in: int, c_out: int, h: int, w: int, k: int = 1, groups: int = 1
     return k * k * (c_in // groups) * c_out * h * w
 
 
-def _count_costs(backbone: RoutedBackbone, height: int, width: int, count: str) -> Costs:
-    """The table behind `RoutedBackbone.costs`."""
+def _count_costs(backbone: Grid, height: int, width: int, count: str) -> Costs:
+    """The table behind `Grid.costs`."""
     C, paper = backbone.width, count == "paper"
     counted = 0 if count == "conv" else 1  # per element: batch norm 2, ReLU and pooling 1
 
@@ -505,12 +732,14 @@ def _count_costs(backbone: RoutedBackbone, height: int, width: int, count: str) 
         up = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
         down = conv_cost(c, c * 2, h // 2, w // 2) + norm(c * 2, h // 2, w // 2) + relu(c * 2, h // 2, w // 2)
         path = [up + per_path, per_path, down + per_path]
-        if node.gate.small:
+        if backbone.gate == "small":
             h, w = max(h // 4, 1), max(w // 4, 1)
         gate = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
         gate += relu(c // 2, h, w) + c // 2 * len(node.paths)  # pooling, and the decision
+        if backbone.gate is None or paper and node is backbone.init:
+            gate = 0
         if paper and node is backbone.init:
-            cell = gate = 0
+            cell = 0
         if paper and node in last:
             path = [0, 0, 0]
         cells.append(cell)

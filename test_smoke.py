@@ -369,7 +369,7 @@ def test_folding_batch_norm_and_the_published_way_of_computing_change_nothing():
     folded = routing.fuse(copy.deepcopy(network).eval())
     assert not parts_of(folded, torch.nn.BatchNorm2d)
     published = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
-    alpha, share = flops.mixed_routes(published.backbone, 3, 64, 96, 0.5)
+    alpha, share = flops.mixed_routes(published.backbone, 64, 96, 0.5)
     assert share == pytest.approx(0.5, abs=0.05)
     for skip in (True, False):
         want, got = network.eval()(images, skip), folded(images, skip)
@@ -520,7 +520,7 @@ def test_the_parts_and_the_budget_cost_what_is_published():
     assert millions == dict(stem=4194.304, cells=71189.922, paths=24425.005, gates=16869.507, head=1406.403)
     gates = small.real_cost(small.backbone.open_routes(), 1024, 2048)["gates"]
     assert round(gates.item() / 1e6, 3) == 1054.360
-    assert round(network.head.cost(1024, 2048, "exact") / 1e6, 3) == 2812.805
+    assert round(network.head.real_cost(torch.zeros(1), 1024, 2048, 32, "exact").item() / 1e6, 3) == 2812.805
     assert round(network.budgeted_cost(768, 768) / 1e6, 1) == 26891.7
 
 
@@ -563,8 +563,131 @@ def test_the_commands_of_flops_print_what_they_measured(monkeypatch):
     small = "--size 64 64 --layers 4 --width 4 --runs 1 --device cpu"
     out = succeeds(flops.main, "speed", small, "--batch 1 2 --openness 0.5")
     differences = re.findall(r"difference (\S+)\n", out)
-    assert len(differences) == 6 and max(map(float, differences)) < 1e-4
+    assert len(differences) == 2 * 5 and max(map(float, differences)) < 1e-4
+    fixed = succeeds(flops.main, "--route u-net --layers 4 --width 8 --size 64 64")
+    assert "u-net" in fixed and re.search(r"gates +0\.000 +0\.000\n", fixed)
     assert "bfloat16" in succeeds(flops.main, "speed", small, "--batch 2 --train --amp")
+
+
+# ============ fixed routes ============
+
+# Each network of eight layers as a drawing: a row per stride, 4 to 32, a column per layer; at every cell the
+# paths that leave it, of up, keep and down. The init node, which keeps, is left out.
+DRAWN = {
+    "fcn-32s": "k d . . . . . ., . . k d . . . ., . . . . k d . ., . . . . . . k k",
+    "deeplabv3": "k d . . . . . ., . . k d . . k k, . . . . k ukd k k, . . . . . . k k",
+    "u-net": "kd k k k k k k k, . kd k k k k u ., . . kd k k u . ., . . . k u . . .",
+    "hrnetv2": "k kd k kd k kd k k, . . k ukd k ukd k k, . . . . k ukd k k, . . . . . . k k",
+    "auto-deeplab": "k d . . . . . ., . . d . . . . ., . . . k k d . k, . . . . . . u .",
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_classic_networks_are_drawn_in_the_routing_space(name):
+    rows = [line.split() for line in DRAWN[name].split(",")]
+    wanted = [[False, True, False]]
+    for layer, count in enumerate([2, 3, 4, 4, 4, 4, 4, 4]):
+        wanted += [[letter in rows[s][layer] for letter in "ukd"] for s in range(count)]
+    assert routing.named_route(name, 8).tolist() == wanted
+    for layers in (3, 4, 5, 11, 16, 33):  # opens no path that is not there, and reaches all its cells
+        route = routing.named_route(name, layers)
+        assert torch.equal(routing.FixedBackbone(route, layers, 2, None).route, route)
+
+
+@pytest.mark.parametrize("gate", ["full", "small"])
+@torch.no_grad()
+def test_a_fixed_network_is_the_routed_one_where_open_paths_lie_in_the_route(gate):
+    """Also where a gate of the route closes its node, and where no delivery reaches one."""
+    backbone, images = warmed_backbone(gate=gate), torch.randn(12, 3, 64, 128).double()
+    let_gates_decide(backbone)
+    routes = backbone.route(images, skip=False)[1]
+    route = (routes.alpha > routing.OPEN).any(0)
+    assert not routes.reached.all() and not route.any(1).all() and not route.all(0).any()
+    closed = (routes.alpha.sum(-1) < routing.OPEN) & routes.reached
+    assert (closed & route.any(1)).any()
+    fixed = backbone.cut(route)
+    for image, alpha, got in zip(images, routes.alpha, zip(*fixed(images))):
+        wanted = reference_routes(backbone, image[None], alpha)[0]
+        for s, feature in enumerate(got):
+            expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())[0]
+            torch.testing.assert_close(feature, expected.expand_as(feature), atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_outside_the_route_a_path_is_closed_and_so_is_a_node_left_without_one():
+    backbone, images = warmed_backbone(), torch.randn(6, 3, 64, 128).double()
+    let_gates_decide(backbone)
+    route = random_alphas(1, backbone.num_nodes, 2)[0] > 0
+    route &= torch.tensor([node.exists for node in backbone.all_nodes()])
+    route[0] = torch.tensor([False, True, True])
+    fixed = backbone.cut(route)
+    features = fixed(images)
+    for i, image in enumerate(images.split(1)):
+        alpha = torch.zeros_like(backbone.route(image)[1].alpha)
+        for _ in backbone.nodes_per_layer + [0]:  # what is cut in a layer changes what later gates see
+            routes = backbone.route(image, skip=False, alpha=alpha)[1]
+            alpha = torch.relu(torch.tanh(routes.logits)) * routes.reached[..., None]
+            alpha = alpha * (fixed.route | (alpha <= routing.OPEN))
+        wanted = reference_routes(backbone, image, alpha[0])[0]
+        for s, feature in enumerate(features):
+            expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())
+            got = feature[i : i + 1]
+            torch.testing.assert_close(got, expected.expand_as(got), atol=1e-10, rtol=0)
+
+
+def test_a_fixed_network_has_the_weights_that_it_uses_and_costs_what_it_runs():
+    network = model.build_model("dr-a", "segmentation", 5, layers=5, width=8)
+    route = random_alphas(1, network.backbone.num_nodes, 7)[0] > 0
+    route &= torch.tensor([node.exists for node in network.backbone.all_nodes()])
+    route[0, routing.KEEP :] = True
+    gateless = model.build_model("fixed-route", "segmentation", 5, layers=5, width=8, route=route.tolist())
+    for fixed in (network.cut(route), gateless):
+        fixed.train()(torch.randn(2, 3, 64, 96)).logits.square().mean().backward()
+        assert not [name for name, weight in fixed.named_parameters() if weight.grad is None]
+        assert len(list(fixed.parameters())) < len(list(network.parameters()))
+        counted = model.count_multiply_adds(fixed.eval(), torch.zeros(1, 3, 90, 120), elementwise=False)
+        assert counted == sum(fixed.real_cost(None, 90, 120, "conv").values()).item()
+        opened = fixed.backbone.route[None]
+        routed = network.real_cost(routing.Routes(opened, opened.float(), opened.any(-1), []), 90, 120)
+        for part in ("stem", "cells", "paths"):
+            assert routed[part].item() == fixed.real_cost(None, 90, 120)[part].item()
+
+
+@torch.no_grad()
+def test_without_gates_every_alpha_is_1():
+    backbone, image = warmed_backbone(), torch.randn(1, 3, 64, 128).double()
+    for name in routing.ROUTES:
+        route = routing.named_route(name, 6)
+        fixed = routing.FixedBackbone(route, 6, 8, gate=None).double().eval()
+        fixed.load_state_dict({name: backbone.state_dict()[name] for name in fixed.state_dict()})
+        wanted = reference_routes(backbone, image, route.double())[0]
+        assert not parts_of(fixed, routing.Gate)
+        for s, feature in enumerate(fixed(image)):
+            expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())
+            torch.testing.assert_close(feature, expected.expand_as(feature), atol=1e-10, rtol=0)
+            assert fixed.delivered[s] == bool(feature.any())
+
+
+def test_routes_of_another_grid_are_refused():
+    route = routing.named_route("u-net", 5)
+    refuses(lambda: routing.FixedBackbone(route, 6, 4), "route of shape", "(22, 3)")
+    route[1, routing.UP] = True
+    refuses(lambda: routing.FixedBackbone(route, 5, 4), "row 1", "does not have")
+    refuses(lambda: routing.named_route("v-net"), "fcn-32s")
+    Path("a.json").write_text(json.dumps({"routes": {"one": [[0, 1, 1]] * 18, "two": [[1, 1, 1]]}}))
+    Path("b.json").write_text("[1]")
+    Path("c.json").write_text(json.dumps({"routes": {"one": [[0.5, 1, 1]] * 18}}))
+    for text, word in [
+        ("v-net", "hrnetv2"), ("a.json", "a.json:one"), ("a.json:three", "a.json:two"), ("b.json", "no json"),
+        ("c.json:one", "no json"), ("a.json:one", "--layers"), ("a.json:two", "--layers"),
+    ]:
+        refuses(lambda: model.read_route(text, 6), f"--route {text.split(':')[0]}", word)
+    assert model.read_route("a.json:one", 5).tolist() == [[False, True, True]] * 18
+    for flags, word in [
+        ("--route u-net --variant dr-a", "without gates"), ("--variant fixed-route", "--route"),
+        ("--route u-net --gate full", "--gate"), ("--route u-net --k 3", "--k"), ("--route v-net", "v-net"),
+    ]:
+        refuses(lambda: run(train_seg.main, "--dataset shapes", QUIET, flags), word)
 
 
 # ============ losses ============

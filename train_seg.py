@@ -6,6 +6,8 @@
     python train_seg.py --dataset camvid --data DIR --variant divdr-raw
     # your own images and label PNGs: images/train, labels/train, images/val and labels/val in DIR
     python train_seg.py --dataset folder --data DIR
+    # a classic network of the routing space, without gates, or one that evaluate.py --experts cut out
+    python train_seg.py --route u-net
     # one machine with 8 GPUs, Cityscapes
     torchrun --nproc_per_node 8 train_seg.py --variant divdr-a
     # two machines, the same on each; the runs folder is on a disk that both share
@@ -24,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 import zlib
 from pathlib import Path
@@ -42,9 +45,9 @@ from kmeans import ActivationBank, describe_collapse, inter_intra, intra_to_cent
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import (
     VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, make_folder, number,
-    one_line_errors, read_file, save_checkpoint, start_process, variants_of,
+    one_line_errors, read_file, read_route, save_checkpoint, start_process, variants_of,
 )
-from routing import OPEN, Gate, RoutedBackbone, Routes
+from routing import OPEN, ROUTES, Gate, RoutedBackbone, Routes
 
 # ============ settings ============
 
@@ -76,6 +79,9 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     parser = shared_settings(argv, __doc__, "segmentation", recipes)
     add = parser.add_argument_group("segmentation").add_argument
     add("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
+    add("--route", metavar="NAME",
+        help=f"train one route for all images, without gates: {', '.join(ROUTES)}, or FILE:NAME of a json "
+             "that evaluate.py --experts wrote")
     for split in ("train", "val"):
         add(f"--{split}-images", metavar="DIR", help=f"folder: images, by default images/{split} in --data")
         add(f"--{split}-labels", metavar="DIR", help=f"folder: their labels, by default labels/{split}")
@@ -120,13 +126,15 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     """The settings of both training scripts, with the defaults of the --dataset and --variant in `argv`."""
     first = Parser(description, add_help=False)
     first.add_argument("--dataset", default=next(iter(recipes)))
-    first.add_argument("--variant", default="divdr-a")
+    first.add_argument("--variant")
+    first.add_argument("--route")
     chosen = first.parse_known_args(argv)[0]
+    chosen.variant = chosen.variant or ("fixed-route" if chosen.route else "divdr-a")
     variant = VARIANTS.get(chosen.variant, VARIANTS["divdr-a"])
     defaults = recipes.get(chosen.dataset, {}) | dict(
         gate=variant.gate(task), lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2,
         warmup=None, lr=None, clip=5.0)
-    if variant.static:  # a network of fixed size, whose reference clips nothing
+    if variant.of_torchvision:  # a network of fixed size, whose reference clips nothing
         defaults |= dict(layers=None, width=None, pyramid=None, clip=0.0)
     parser = Parser(description)
     parser.set_defaults(**defaults)
@@ -217,7 +225,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
 def complete(config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
     """Fills in the settings that follow from others; k stays None where there is nothing to cluster."""
     if config.name is None:
-        config.name = f"{config.dataset}-{config.variant}-seed{config.seed}"
+        network = re.sub(r"[^\w.-]+", "-", config.route) if vars(config).get("route") else config.variant
+        config.name = f"{config.dataset}-{network}-seed{config.seed}"
     if config.k is None and not VARIANTS[config.variant].static:
         config.k = (config.subsets or 3) if config.dataset == "shapes" else 4
     if config.oracle:
@@ -238,6 +247,11 @@ def settle(config: argparse.Namespace, process: Process) -> None:
     alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
+    route = vars(config).get("route")
+    if route and variant != "fixed-route":
+        raise InputError(f"--route {route}: trains without gates; leave --variant {variant} out")
+    if variant == "fixed-route" and not route:
+        raise InputError(f"--variant {variant}: say which with --route: {', '.join(ROUTES)}, or a json")
     for name in ("lambda1", "lambda2", "k", "metric", "oracle", "gate_lr"):
         if static and getattr(config, name) not in (None, 0, "plain"):
             raise InputError(f"--{name.replace('_', '-')}: does not apply to {variant}, which has no gates")
@@ -287,7 +301,10 @@ def main(argv: list[str] | None = None) -> None:
     model_args = dict(
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate)
+    if config.route:
+        model_args["route"] = read_route(config.route, config.layers).tolist()
     saved = open_run(folder, config, process, classes, train_set)  # None: a new run
+    model_args = saved["model_args"] if saved else model_args  # a json may have changed
     lr = RECIPES.get(config.dataset, RECIPES["camvid"])["lr"]
     model = make_model(model_args, config, process, saved, lr)
     optimizer = make_optimizer(model, config)
