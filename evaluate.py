@@ -10,6 +10,10 @@
     python evaluate.py runs/NAME/last.pt --split test --predictions DIR
     # pictures with what is predicted on them, and which expert took each
     python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER
+    # each expert as a static network of its own, exported, and what it is worth
+    python evaluate.py runs/NAME/last.pt --experts DIR
+    # pictures, each by the exported expert that takes it
+    python evaluate.py DIR/experts.json --image FILE_OR_FOLDER
     # a checkpoint of Dynamic Routing's authors
     python evaluate.py FILE --variant dr-a
     # eight processes; each image counts once
@@ -28,7 +32,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -37,6 +43,9 @@ import os
 import re
 import statistics
 import sys
+import time
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +61,10 @@ from tqdm import tqdm
 import data
 from kmeans import Clusters, agreement, describe_collapse, inter_intra, intra_to_centre, kmeans
 from model import (
-    VARIANTS, InputError, Parser, Process, cores_per_process, load_checkpoint, load_published, make_folder,
-    number, one_line_errors, read_file, start_process, write_file,
+    VARIANTS, Dispatcher, InputError, Parser, Process, cores_per_process, fit_dispatcher, load_checkpoint,
+    load_published, make_folder, number, one_line_errors, read_file, start_process, write_file,
 )
-from routing import OPEN, fuse
+from routing import OPEN, Grid, fuse, pad_to_stride
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +73,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     datasets = list(dict.fromkeys([*data.SEGMENTATION, *data.DETECTION]))
     workers = min(4, cores_per_process() // 2)
     add = parser.add_argument
-    add("checkpoint", type=Path, nargs="+", help="files of train_seg.py or train_det.py; several: one table")
+    add("checkpoint", type=Path, nargs="+",
+        help="files of train_seg.py or train_det.py; several: one table; for --image also an experts.json")
     add("--variant", choices=theirs, help="the checkpoint is one of Dynamic Routing's authors, of this kind")
 
     add = parser.add_argument_group("data (by default as in training)").add_argument
@@ -88,6 +98,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predictions", type=Path, metavar="DIR", help="segmentation: also write label PNGs")
     add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: lowest score that is drawn")
 
+    add = parser.add_argument_group("experts as static networks").add_argument
+    add("--experts", type=Path, metavar="DIR",
+        help="cut out the experts and one network for all, score them, export them to DIR (of several "
+             "checkpoints: to a folder in it for each); with --figures draw routes, and scores over --keep")
+    add("--keep", type=number(float, 0, 1),
+        help="a path stays if more than this share of an expert's images open it; 0.01 by default")
+    add("--cut-from", choices=data.SPLITS, help="the split whose images say what is open; train by default")
+    add("--export-size", type=number(int, 32), nargs=2, metavar=("H", "W"),
+        help="export for images of this size alone; by default for any size, multiples of 32, but where "
+             "the data set's images are too small for that")
+    add("--onnx", action="store_true", help="export to ONNX too; needs the packages onnx and onnxscript")
+
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
     add("--workers", type=number(int, 0), default=workers, help="loader processes")
@@ -100,6 +122,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("labels", "list"):
         if getattr(arguments, flag) and not arguments.images:
             parser.error(f"--{flag}: goes with --images, the folder of the pictures")
+    for flag in ("keep", "cut-from", "export-size", "onnx"):
+        if getattr(arguments, flag.replace("-", "_")) not in (None, False) and not arguments.experts:
+            parser.error(f"--{flag}: goes with --experts")
+    if arguments.experts and (arguments.image or arguments.predictions or arguments.published):
+        parser.error("--experts: does not go with --image, --predictions and --published")
+    if any(path.suffix == ".json" for path in arguments.checkpoint) and (several or not arguments.image):
+        parser.error(f"{arguments.checkpoint[0]}: a json is exported experts, which are for --image alone")
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
 
@@ -114,6 +143,7 @@ class SegmentationResult:
     confusion: Tensor  # [classes, classes] int64 pixels, rows: truth, columns: prediction
     A: Tensor  # [N, D] what is clustered of each image, in the order of the data set
     flops: dict[str, Tensor]  # per count: [N] real multiply-adds of each image
+    sizes: Tensor  # [N, 2] int64: height and width at which each image was run
 
     def iou(self) -> Tensor:
         """[classes] intersection over union in 0..1; nan for a class neither in the truth nor predicted."""
@@ -153,17 +183,18 @@ def evaluate_segmentation(
         for count in model.counts:
             parts = model.real_cost(out.routes, *images.shape[-2:], count)
             cost[count] = sum(parts.values()).expand(len(index))
-        rows.append((index, out.routes.activations(gate_space).cpu(), cost))
+        size = torch.tensor(images.shape[-2:]).expand(len(index), 2)
+        rows.append((index, out.routes.activations(gate_space).cpu(), cost, size))
         if save:
             for i, labels in zip(index.tolist(), prediction.to(torch.uint8)):
                 save(i, labels)
     if process.world > 1:
         dist.all_reduce(confusion)
-    indices, A, costs = zip(*gather_rows(rows, process))
+    indices, A, costs, sizes = zip(*gather_rows(rows, process))
     order = torch.cat(indices).argsort()
     flops = {count: torch.cat([cost[count] for cost in costs])[order] for count in model.counts}
     confusion = confusion[:-1].view(num_classes, num_classes).cpu()
-    return SegmentationResult(confusion, torch.cat(A)[order], flops)
+    return SegmentationResult(confusion, torch.cat(A)[order], flops, torch.cat(sizes)[order])
 
 
 @dataclass
@@ -173,6 +204,7 @@ class DetectionResult:
     detections: list[dict]  # in COCO's results format
     A: Tensor  # [N, D] what is clustered of each image, in the order of the data set
     flops: dict[str, Tensor]  # per count: [N] real multiply-adds of each image's backbone
+    sizes: Tensor  # [N, 2] int64: height and width at which each image was run
 
     def scores(self, dataset, masks: bool) -> dict[str, dict[str, float]]:
         """pycocotools' numbers on 0..1, of boxes and, with `masks`, of masks."""
@@ -199,12 +231,12 @@ def evaluate_detection(
             sizes = {count: (*out.sizes[b], count) for count in model.counts}
             sizes["paper at 800x800"] = (800, 800, "paper")
             cost = {name: sum(model.real_cost(routes, *size).values()).item() for name, size in sizes.items()}
-            rows.append((i, coco_results(dataset, i, out.detections[b]), A[b], cost))
+            rows.append((i, coco_results(dataset, i, out.detections[b]), A[b], cost, out.sizes[b]))
     rows = sorted(gather_rows(rows, process), key=lambda row: row[0])
-    _, detections, A, costs = zip(*rows)
+    _, detections, A, costs, sizes = zip(*rows)
     flops = {name: torch.tensor([cost[name] for cost in costs]) for name in costs[0]}
     detections = [found for image in detections for found in image]
-    return DetectionResult(detections, torch.stack(A), flops)
+    return DetectionResult(detections, torch.stack(A), flops, torch.tensor(sizes))
 
 
 def gather_rows(rows: list, process: Process) -> list:
@@ -303,8 +335,14 @@ def open_published(arguments: argparse.Namespace, path: Path, process: Process):
     return model, checkpoint | about
 
 
-def open_split(arguments: argparse.Namespace, checkpoint: dict):
-    """The data set to evaluate on, by the flags and, where they are silent, as in training."""
+def open_split(arguments: argparse.Namespace, checkpoint: dict, split: str | None = None):
+    """The data set to evaluate on, by the flags and, where they are silent, as in training.
+
+    split: another one than --split, of the same data.
+    """
+    if split not in (None, arguments.split):
+        own = dict.fromkeys(("images", "labels", "list", "json"))
+        arguments = argparse.Namespace(**vars(arguments) | own | {"split": split})
     name = arguments.dataset or checkpoint["dataset"]
     same = name == checkpoint["dataset"]
     root = arguments.data or (checkpoint["data"] if same else None)
@@ -588,14 +626,7 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
         k = min(checkpoint["config"]["k"], len(result.A))
         centers, labels, _ = kmeans(result.A, k)
         clusters = Clusters(centers, labels, 0.0, labels.bincount(minlength=k).tolist())
-    wanted = ("path", "task", "dataset", "data", "model_args", "config", "classes", "palette", "iteration")
-    about = {key: checkpoint[key] for key in wanted}
-    run = RunResult(name_of_run(path), about, result, grid_of(model), clusters, {})
-    run.metrics = {
-        "checkpoint": str(path), "variant": run.variant, "split": arguments.split,
-        "dataset": arguments.dataset or checkpoint["dataset"], "iteration": checkpoint["iteration"],
-        "images": len(result.A),
-    }
+    run = describe_run(arguments, checkpoint, model, result, clusters)
     run.metrics |= result.metrics
     run.metrics["gflops"] = {count: spread(flops) for count, flops in result.flops.items()}
     if clusters is not None:
@@ -638,18 +669,33 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     return run
 
 
+def describe_run(arguments, checkpoint: dict, model, result, clusters: Clusters | None) -> RunResult:
+    """A run, without its scores."""
+    path = checkpoint["path"]
+    wanted = ("path", "task", "dataset", "data", "model_args", "config", "classes", "palette", "iteration")
+    about = {key: checkpoint[key] for key in wanted}
+    run = RunResult(name_of_run(path), about, result, grid_of(model), clusters, {})
+    run.metrics = {
+        "checkpoint": str(path), "variant": run.variant, "split": arguments.split,
+        "dataset": arguments.dataset or checkpoint["dataset"], "iteration": checkpoint["iteration"],
+        "images": len(result.A),
+    }
+    return run
+
+
 def name_of_run(checkpoint: Path) -> str:
     return checkpoint.resolve().parent.name + ("" if checkpoint.stem == "last" else f"-{checkpoint.stem}")
 
 
-def output_folders(arguments: argparse.Namespace) -> dict[Path, Path]:
-    """Where files go, by checkpoint: beside it, or in --out, with a folder for each of several."""
+def output_folders(arguments: argparse.Namespace, into: Path | None) -> dict[Path, Path]:
+    """Where files go, by checkpoint: beside it, or in the folder `into`, with one in it for each of several.
+    """
     folders = {}
     for path in arguments.checkpoint:
-        folder = arguments.out or path.parent
-        if arguments.out and len(arguments.checkpoint) > 1:
+        folder = into or path.parent
+        if into and len(arguments.checkpoint) > 1:
             names = (name_of_run(path) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-            folder = next(f for f in map(arguments.out.joinpath, names) if f not in folders.values())
+            folder = next(f for f in map(into.joinpath, names) if f not in folders.values())
         folders[path] = folder
     return folders
 
@@ -752,6 +798,384 @@ def print_recovery(recovered: dict) -> None:
     print("* matched to the subset")
 
 
+# ============ experts cut out as static networks ============
+
+COMMON = "one-for-all"
+KEEPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # where the figure over --keep has its points
+TIMED = 20  # images whose seconds are measured
+
+
+@dataclass
+class Seen:
+    """What a pass over images tells of each of them."""
+
+    opened: Tensor  # bool [N, 1 + nodes, 3]: the paths that it opens
+    labels: Tensor  # [N] the expert whose centre is nearest to its A(x)
+    pooled: Tensor  # [N, C] the stem's map, mean over its pixels
+
+
+@dataclass
+class Score:
+    """What networks gave that shared the images of a split among them."""
+
+    scores: dict[str, float]  # in %, by column
+    flops: dict[str, Tensor]  # per count: [N] multiply-adds of each image
+    sizes: Tensor  # [N, 2] int64: height and width at which each was run
+
+
+@dataclass
+class CutRun:
+    """A run whose experts were cut out, and what they gave."""
+
+    run: RunResult
+    routes: dict[str, Tensor]  # by name, expert-0 and so on, and one-for-all: bool [1 + nodes, 3]
+    rows: dict[str, dict[str, float]]  # by network: the columns of the table
+    experts: list[dict]  # of each: how many images, open paths, parameters, GFLOPs
+    images: int  # of the split that it was evaluated on
+    sweep: dict[str, list[dict]]  # the same as rows over KEEPS; {} without --figures
+
+
+class Bench:
+    """A split to run networks on: all of its images, or those that go to an expert."""
+
+    def __init__(self, arguments, checkpoint: dict, dataset, process: Process):
+        self.arguments, self.checkpoint = arguments, checkpoint
+        self.dataset, self.process = dataset, process
+        self.segmentation = checkpoint["task"] == "segmentation"
+        self.known: dict[bytes, object] = {}  # results by route and images: sweeps repeat them
+
+    def loader(self, only: list[int] | None = None):
+        usual = self.dataset.eval_batch if self.segmentation else self.checkpoint["config"]["eval_batch"]
+        batch = self.arguments.eval_batch or usual
+        return data.pass_loader(self.dataset, batch, self.arguments.workers, only=only)
+
+    def input(self, images):
+        """A batch as the model takes it."""
+        if self.segmentation:
+            return data.normalize(images.to(self.process.device))
+        return [data.as_float(image.to(self.process.device)) for image in images]
+
+    @torch.no_grad()
+    def look(self, model) -> Seen:
+        """The routes of all images, without running the head."""
+        network, pooled, opened, labels = fuse(copy.deepcopy(model).eval()), [], [], []
+        clusters, space = self.checkpoint["clusters"], gate_space(self.checkpoint)
+        hook = lambda module, inputs, out: pooled.append(out.mean((2, 3)).cpu())  # noqa: E731
+        network.backbone.stem.register_forward_hook(hook)
+        for images, _, _ in tqdm(self.loader(), "looking at routes", leave=False):
+            routes = network.routes(self.input(images))
+            opened.append((routes.alpha > OPEN).cpu())
+            labels.append(clusters.nearest(routes.activations(space).cpu())[0])
+        return Seen(torch.cat(opened), torch.cat(labels), torch.cat(pooled))
+
+    def run(self, model, only: Tensor | None = None):
+        """A pass of evaluation over the images whose indices are `only` [n], or over all."""
+        loader = self.loader(None if only is None else only.tolist())
+        if self.segmentation:
+            return evaluate_segmentation(model, loader, len(self.checkpoint["classes"]), self.process)
+        return evaluate_detection(model, loader, self.dataset, self.process)
+
+    def run_sent(self, networks: list, sent: Tensor) -> Score:
+        """Each image by the network that `sent` [N] names."""
+        results, flops, sizes = [], {}, torch.zeros(len(sent), 2, dtype=torch.int64)
+        for j, network in enumerate(networks):
+            index = (sent == j).nonzero().flatten()
+            if len(index) == 0:
+                continue
+            key = bytes(network.backbone.route.flatten().tolist()) + index.numpy().tobytes()
+            if key not in self.known:
+                self.known[key] = self.run(network, index)
+            results.append(self.known[key])
+            sizes[index] = results[-1].sizes
+            for count, values in results[-1].flops.items():
+                of_all = flops.setdefault(count, torch.zeros(len(sent), dtype=torch.int64))
+                of_all[index] = values.cpu()
+        return Score(self.score(results), flops, sizes)
+
+    def score(self, results: list) -> dict[str, float]:
+        """Scores in % of passes over parts of the split that make up the whole; {} without labels."""
+        if self.segmentation:
+            confusion = sum(result.confusion for result in results)
+            whole = dataclasses.replace(results[0], confusion=confusion)
+            return {"mIoU": 100 * whole.miou()} if confusion.any() else {}
+        if not self.dataset.has_truth:
+            return {}
+        found = [detection for result in results for detection in result.detections]
+        whole = dataclasses.replace(results[0], detections=found)
+        scores = whole.scores(self.dataset, self.checkpoint["model_args"]["masks"])
+        return {f"{kind} AP": 100 * values["AP"] for kind, values in scores.items() if values["AP"] >= 0}
+
+    @torch.no_grad()
+    def seconds(self, calls: dict) -> dict[str, float]:
+        """Median seconds of an image alone, by name: calls are functions of its index and the input."""
+        times = {name: [] for name in calls}
+        count = min(TIMED, len(self.dataset))
+        chosen = [n * len(self.dataset) // count for n in range(count)]
+        for turn, i in enumerate([chosen[0], *chosen]):  # the first to warm up
+            image = self.dataset[i][0]
+            x = self.input(image[None] if self.segmentation else [image])
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call(i, x)
+                if self.process.device.type != "cpu":
+                    torch.accelerator.synchronize()
+                if turn:
+                    times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cut_routes(seen: Seen, k: int, keep: float) -> dict[str, Tensor]:
+    """By name, the paths that more than a share `keep` of an expert's images open, and of all images.
+
+    An expert that has no image gets the route of all.
+    """
+    common = seen.opened.double().mean(0) > keep
+    routes = {}
+    for j in range(k):
+        own = seen.opened[seen.labels == j]
+        routes[f"expert-{j}"] = own.double().mean(0) > keep if len(own) else common
+    return routes | {COMMON: common}
+
+
+def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> CutRun:
+    """Cuts the experts of a checkpoint out, scores them beside the routed network, and exports them."""
+    model, checkpoint = open_checkpoint(arguments, path, process)
+    if checkpoint["clusters"] is None or not model.dim:
+        raise InputError(f"--experts: {path} has no clusters, and so no experts to cut out")
+    bench = Bench(arguments, checkpoint, open_split(arguments, checkpoint), process)
+    source = open_split(arguments, checkpoint, arguments.cut_from or "train")
+    training = Bench(arguments, checkpoint, source, process).look(model)
+    here = bench.look(model)
+    k, keep_share = len(checkpoint["clusters"].centers), 0.01 if arguments.keep is None else arguments.keep
+    decide = fit_dispatcher(training.pooled, training.labels, k)
+    sent = decide(here.pooled).argmax(1)
+    routes = cut_routes(training, k, keep_share)
+    fixed = {name: model.cut(route) for name, route in routes.items()}
+    experts = [fixed[f"expert-{j}"] for j in range(k)]
+    dispatcher = Dispatcher(model.backbone.stem, decide).to(process.device).eval()
+
+    everything = torch.zeros_like(sent)
+    routed = bench.run(model)
+    results = {
+        "routed network": Score(bench.score([routed]), routed.flops, routed.sizes),
+        "one for all": bench.run_sent([fixed[COMMON]], everything),
+        f"{k} experts, by A(x)": bench.run_sent(experts, here.labels),
+        f"{k} experts, dispatched": bench.run_sent(experts, sent),
+    }
+    dispatched = results[f"{k} experts, dispatched"]
+    for count, flops in dispatched.flops.items():  # the stem runs once more
+        at, kind = ([[800, 800]] if "800" in count else dispatched.sizes.tolist()), count.split()[0]
+        flops += torch.tensor([model.backbone.costs(*size, kind).stem for size in at])
+    run = describe_run(arguments, checkpoint, model, routed, checkpoint["clusters"])
+    cut = CutRun(run, routes, {}, [], len(sent), {})
+    seconds = bench.seconds(timed_calls(model, fixed[COMMON], experts, dispatcher, here.labels, k))
+    together = sum(count_parameters(network) for network in experts)
+    parameters = [count_parameters(model), count_parameters(fixed[COMMON]), together]
+    parameters.append(together + count_parameters(dispatcher))
+    for (name, result), size in zip(results.items(), parameters):
+        row = dict(result.scores)
+        row |= {f"GFLOPs {count}": mean_gflops(values) for count, values in result.flops.items()}
+        cut.rows[name] = row | {"parameters M": size / 1e6, "s/image": seconds[name]}
+    cut.rows[f"{k} experts, dispatched"]["as A(x) %"] = 100 * (sent == here.labels).double().mean().item()
+    for j, network in enumerate(experts):
+        cut.experts.append({
+            "images": int((here.labels == j).sum()),
+            "images it was cut from": int((training.labels == j).sum()),
+            "open paths": int(routes[f"expert-{j}"].sum()), "parameters": count_parameters(network),
+            "gflops": network_gflops(network, routed.sizes[0].tolist()),
+        })
+    if arguments.figures:
+        cut.sweep = sweep_keep(bench, model, training, here, k)
+    print_cut(arguments, cut)
+    write_experts(arguments, cut, bench, checkpoint, fixed, dispatcher)
+    return cut
+
+
+def count_parameters(network) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def network_gflops(network, size: list[int]) -> dict[str, float]:
+    """Of a static network, on an image of `size`, height and width, by count."""
+    costs = {count: network.real_cost(None, *size, count) for count in network.counts}
+    return {count: sum(parts.values()).item() / 1e9 for count, parts in costs.items()}
+
+
+def timed_calls(model, common, experts: list, dispatcher, labels: Tensor, k: int) -> dict:
+    """For `Bench.seconds`: the four networks of the table, with batch norm folded."""
+    model, common = (fuse(copy.deepcopy(network).eval()) for network in (model, common))
+    experts, dispatcher = [fuse(copy.deepcopy(expert)) for expert in experts], fuse(copy.deepcopy(dispatcher))
+
+    def dispatched(i, x):
+        images = x if isinstance(x, Tensor) else model.prepare(x)[0].tensors
+        images = pad_to_stride(images, model.backbone.stride).contiguous(memory_format=torch.channels_last)
+        return experts[dispatcher(images).argmax(1).item()](x)
+
+    return {
+        "routed network": lambda i, x: model(x), "one for all": lambda i, x: common(x),
+        f"{k} experts, by A(x)": lambda i, x: experts[labels[i]](x), f"{k} experts, dispatched": dispatched,
+    }
+
+
+def sweep_keep(bench: Bench, model, training: Seen, here: Seen, k: int) -> dict[str, list[dict]]:
+    """Scores and GFLOPs of the experts, by A(x), and of the one for all, cut at each of KEEPS."""
+    sweep = {"experts": [], COMMON: []}
+    for share in KEEPS:
+        routes = cut_routes(training, k, share)
+        experts = [model.cut(routes[f"expert-{j}"]) for j in range(k)]
+        common = bench.run_sent([model.cut(routes[COMMON])], torch.zeros_like(here.labels))
+        for name, result in {"experts": bench.run_sent(experts, here.labels), COMMON: common}.items():
+            gflops = mean_gflops(result.flops[table_count(result.flops)])
+            sweep[name].append({"keep": share, "GFLOPs": gflops, **result.scores})
+    return sweep
+
+
+def print_cut(arguments: argparse.Namespace, cut: CutRun) -> None:
+    """What each expert is; with several checkpoints the table of all comes at the end."""
+    run = cut.run
+    print(f"{run.checkpoint['path']}: {run.variant}, experts cut from {arguments.cut_from or 'train'}")
+    counts = list(cut.experts[0]["gflops"])
+    titles = "".join(f"{f'GFLOPs {count}':>16}" for count in counts)
+    print(f"{'':14}{'cut from':>10}{arguments.split:>8}{'paths':>8}{'parameters':>12}{titles}")
+    places = digits(value for expert in cut.experts for value in expert["gflops"].values())
+    for j, expert in enumerate(cut.experts):
+        gflops = "".join(f"{expert['gflops'][count]:16.{places}f}" for count in counts)
+        numbers = f"{expert['images it was cut from']:10d}{expert['images']:8d}{expert['open paths']:8d}"
+        print(f"{f'expert {j}':14}{numbers}{expert['parameters']:12,d}{gflops}")
+    print()
+
+
+def cut_table(cuts: list[CutRun]) -> list[list[str]]:
+    """Header and rows as text: for each setting its four networks, mean ± deviation over seeds."""
+    by_run = {id(cut.run): cut for cut in cuts}
+    rows = []  # the first two cells, the numbers of each seed
+    for setting in group_runs([cut.run for cut in cuts]):
+        mine = [by_run[id(run)] for run in setting.runs]
+        for name in mine[0].rows:
+            rows.append((setting.label, name, [cut.rows[name] for cut in mine if name in cut.rows]))
+    columns = list(dict.fromkeys(column for _, _, seeds in rows for row in seeds for column in row))
+    table = [["Method", "Network", *columns, "Seeds"]]
+    for label, name, seeds in rows:
+        cells = []
+        for column in columns:
+            values = [row[column] for row in seeds if row.get(column) is not None]
+            all_values = [row[column] for _, _, of_all in rows for row in of_all if row.get(column)]
+            places = 2 if column in SCORES else digits(all_values)
+            cells.append("–" if not values else f"{statistics.mean(values):.{places}f}")
+            if len(values) > 1:
+                cells[-1] += f" ± {statistics.stdev(values):.{places}f}"
+        table.append([label, name, *cells, str(len(seeds))])
+    return table
+
+
+# ---- exported ----
+
+
+class Exported(torch.nn.Module):
+    """A static network as it is exported: images [B, 3, H, W], normalised, that need no padding."""
+
+    def __init__(self, network, dispatcher: bool = False):
+        super().__init__()
+        self.network = fuse(copy.deepcopy(network).cpu().eval())
+        self.part = "pyramid" if hasattr(network, "rcnn") else "segmenter"
+        self.part = "dispatcher" if dispatcher else self.part
+
+    def forward(self, images: Tensor):
+        """-> logits [B, classes, H, W]; of a detector the maps P2 to P6; of a dispatcher scores [B, K]."""
+        if self.part == "segmenter":
+            return self.network.predict(images)
+        if self.part == "dispatcher":
+            return self.network(images)
+        return list(self.network.pyramid(images).values())
+
+
+def export_program(network, stride: int, least: int, size: tuple[int, int] | None):
+    """torch.export of a network for any batch, and for `size` or all multiples of `stride` from `least` on.
+
+    Returns the program and an example of its input.
+    """
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shape, shapes = (2, 3, *(size or (least, least + stride))), {0: batch}
+    if size is None:
+        names = ("height", "width")
+        height, width = (torch.export.Dim(name, min=least // stride, max=4096) for name in names)
+        shapes |= {2: stride * height, 3: stride * width}
+    example = torch.zeros(shape)
+    with torch.no_grad():
+        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,))
+    for module in program.graph_module.modules():  # lines of code, and paths of this machine
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta = {name: value for name, value in node.meta.items() if name == "val"}
+    program._example_inputs = None
+    return program, example
+
+
+def write_experts(arguments, cut: CutRun, bench: Bench, checkpoint: dict, fixed: dict, dispatcher) -> None:
+    """Writes NAME.pt2 of each network, and with --onnx NAME.onnx, and experts.json."""
+    folder, backbone = arguments.expert_folders[checkpoint["path"]], fixed[COMMON].backbone
+    stride = backbone.stride
+    least = (8 if backbone.gate == "small" else 2) * stride  # with less a shrunk map has a single row
+    size = arguments.export_size and tuple(arguments.export_size)
+    if size and (size[0] % stride or size[1] % stride):
+        raise InputError(f"--export-size {size[0]} {size[1]}: both must be multiples of {stride}")
+    first = cut.run.result.sizes[0].tolist()
+    if size is None and min(first) < least - stride:
+        size = tuple(side + -side % stride for side in first)
+    networks = {name: Exported(network) for name, network in fixed.items()}
+    networks["dispatcher"] = Exported(dispatcher, dispatcher=True)
+    any_size = f"height and width multiples of {stride}, at least {least}"
+    sizes = "{0}x{1} alone (--export-size)".format(*size) if size else any_size
+    files, written = {}, 0
+    for name, network in tqdm(networks.items(), "exporting", leave=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch.export about itself
+            program, example = export_program(network.eval(), stride, least, size)
+            files[name] = f"{name}.pt2"
+            written += keep(folder / files[name], lambda file: torch.export.save(program, file))
+            if arguments.onnx:
+                output = {"dispatcher": ["scores"], "segmenter": ["logits"]}.get(network.part)
+                write = functools.partial(write_onnx, program, example, output)
+                written += keep(folder / f"{name}.onnx", write)
+    contents = {
+        "task": checkpoint["task"], "run": cut.run.name, "variant": cut.run.variant, "split": arguments.split,
+        "keep": 0.01 if arguments.keep is None else arguments.keep, "cut_from": arguments.cut_from or "train",
+        "layers": len(backbone.nodes_per_layer), "stride": stride, "least": least, "size": size,
+        "normalization": {"mean": data.MEAN, "std": data.STD}, "classes": checkpoint["classes"],
+        "palette": checkpoint["palette"], "files": files, "experts": cut.experts, "table": cut.rows,
+        "routes": {name: route.int().tolist() for name, route in cut.routes.items()},
+        "centers": checkpoint["clusters"].centers.tolist(),
+    }
+    written += keep(folder / "experts.json", json_writer(contents))
+    if not bench.segmentation:
+        words = "torchvision's heads are not exported: a file is the pyramid, from images to P2 ... P6"
+        print(words, file=sys.stderr)
+    print(f"wrote {written} files to {folder}, for any batch, {sizes}", file=sys.stderr)
+
+
+def write_onnx(program, example: Tensor, outputs: list[str] | None, file) -> None:
+    """An exported program as ONNX, with names for its `outputs`."""
+    names = dict(input_names=["images"], output_names=outputs)
+    with contextlib.redirect_stdout(io.StringIO()):
+        converted = torch.onnx.export(program, (example,), dynamo=True, verbose=False, **names)
+    file.write(converted.model_proto.SerializeToString())
+
+
+def check_program(path: Path) -> None:
+    """Raises InputError where a file is no exported network, or one that torch would have to unpickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                content = archive.read(name)
+                if name.endswith(".pt") and content:  # where this fails torch would unpickle anything
+                    torch.load(io.BytesIO(content), weights_only=True)
+                if "custom_obj" in name or name.endswith(".json") and b'"use_pickle": true' in content:
+                    raise ValueError
+    except Exception as error:  # of damaged archives torch raises anything
+        unreadable = "no exported network, or damaged, or it holds code, which is never run"
+        reason = "no such file" if isinstance(error, FileNotFoundError) else unreadable
+        raise InputError(f"{path}: {reason}; wanted is what evaluate.py --experts wrote") from None
+
+
 # ============ pictures of predictions ============
 
 
@@ -796,6 +1220,74 @@ class Viewer:
             texts = [f"{checkpoint['classes'][c]} {score:.2f}" for c, score in labels]
             image = write_on(image, texts, boxes[:, :2].tolist())
         return out, image
+
+
+    def describe(self, image: Tensor) -> Shown:
+        """One image uint8 [3, H, W], shown; see `predict`."""
+        checkpoint, model = self.checkpoint, self.model
+        out, overlay = self.predict(image, names=True)
+        size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
+        gflops = sum(model.real_cost(out.routes, *size, model.counts[0]).values()).item() / 1e9
+        words, clusters = f"{gflops:.3g} GFLOPs ({model.counts[0]})", checkpoint["clusters"]
+        if clusters is not None:
+            label, distance = clusters.nearest(out.routes.activations(gate_space(checkpoint)).cpu())
+            expert = f"expert {label.item()}"
+            words += f", {expert} of {len(clusters.centers)}, {distance.item():.3f} from its centre"
+            overlay = write_on(overlay, [expert], [(2, 2)])
+        return Shown(image, overlay, words, grid_of(model), out.A[0].cpu() if model.dim else None)
+
+
+class ExpertViewer:
+    """Shows what exported experts predict: each image by the one that the dispatcher sends it to."""
+
+    def __init__(self, arguments: argparse.Namespace, process: Process):
+        path = arguments.checkpoint[0]
+        self.device, self.files, self.loaded = process.device, {}, {}
+        try:
+            self.about = json.loads(path.read_text())
+            needed = {"task", "routes", "experts", "classes", "palette", "layers", "stride", "least", "size"}
+            if not needed <= self.about.keys():
+                raise ValueError
+            routes = {name: torch.tensor(route).float() for name, route in self.about["routes"].items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            raise InputError(f"{path}: no experts.json, as --experts writes it") from None
+        if self.about["task"] != "segmentation":
+            words = "of a detector, whose heads are not exported; --image takes its checkpoint"
+            raise InputError(f"{path}: {words}")
+        self.routes = {name: route[1:].flatten() for name, route in routes.items()}
+        for name in ["dispatcher", *(f"expert-{j}" for j in range(len(self.about["experts"])))]:
+            self.files[name] = path.with_name(f"{name}.pt2")
+            check_program(self.files[name])
+        with torch.device("meta"):
+            self.grid = grid_of_backbone(Grid(self.about["layers"], 2, None))
+
+    def run(self, name: str, images: Tensor) -> Tensor:
+        if name not in self.loaded:
+            try:
+                self.loaded[name] = torch.export.load(self.files[name]).module().to(self.device)
+            except Exception:  # whatever torch stumbles on
+                raise InputError(f"{self.files[name]}: cannot be loaded; export it with this torch") from None
+        return self.loaded[name](images)
+
+    @torch.no_grad()
+    def describe(self, image: Tensor) -> Shown:
+        """One image uint8 [3, H, W], shown. Raises InputError for a size that the experts do not take."""
+        about, (height, width) = self.about, image.shape[-2:]
+        padded = pad_to_stride(data.normalize(image[None].to(self.device)), about["stride"])
+        size, least = tuple(padded.shape[-2:]), about["least"]
+        if about["size"] and size != tuple(about["size"]):
+            fits = "{1}x{0}".format(*about["size"])
+            raise InputError(f"{width}x{height} pixels; exported for {fits} alone, see --export-size")
+        if not about["size"] and min(size) < least:
+            raise InputError(f"{width}x{height} pixels; the experts take at least {least} a side")
+        expert = self.run("dispatcher", padded).argmax(1).item()
+        logits = self.run(f"expert-{expert}", padded)[0, :, :height, :width]
+        masks = logits.argmax(0).cpu() == torch.arange(len(about["classes"]))[:, None, None]
+        overlay = draw_segmentation_masks(
+            image, masks, alpha=0.5, colors=[tuple(color) for color in about["palette"]])
+        overlay = write_on(overlay, [f"expert {expert}"], [(2, 2)])
+        words = f"expert {expert} of {len(about['experts'])}, by the dispatcher"
+        return Shown(image, overlay, words, self.grid, self.routes[f"expert-{expert}"])
 
 
 def draw_objects(checkpoint: dict, image: Tensor, boxes, classes, masks=None, opacity: float = 0.5) -> Tensor:
@@ -843,12 +1335,12 @@ def list_pictures(arguments: argparse.Namespace, written_to: list[Path]) -> tupl
     return paths, locked
 
 
-def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
+def show(arguments: argparse.Namespace, viewer: Viewer | ExpertViewer) -> None:
     """Writes each picture of --image with its prediction and its expert, with --figures also its route.
 
     Raises InputError, at the end, where one could not be shown.
     """
-    source, folder, failed = arguments.image, arguments.folders[viewer.checkpoint["path"]], []
+    source, folder, failed = arguments.image, arguments.folders[arguments.checkpoint[0]], []
     if not arguments.out:
         folder = folder / "overlays"
     paths, locked = list_pictures(arguments, [path for path in (folder, arguments.figures) if path])
@@ -856,7 +1348,7 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
         print(f"{path}: cannot be read (Permission denied)", file=sys.stderr)
     for path in paths:
         try:
-            image, out, overlay, words = describe_picture(viewer, path)
+            shown = describe_picture(viewer, path)
         except InputError as error:
             if len(paths) == 1:
                 raise
@@ -865,29 +1357,35 @@ def show(arguments: argparse.Namespace, viewer: Viewer) -> None:
             continue
         inside = path.relative_to(source if source.is_dir() else path.parent)
         target = folder / inside.with_name(inside.name + ".png")
-        print(f"{path}: {words} -> {target}", flush=True)
-        keep(target, lambda file: Image.fromarray(to_rgb(overlay)).save(file, "png"))
-        if arguments.figures and viewer.model.dim:
+        print(f"{path}: {shown.words} -> {target}", flush=True)
+        keep(target, lambda file: Image.fromarray(to_rgb(shown.overlay)).save(file, "png"))
+        if arguments.figures and shown.grid:
             figure, ((left, right),) = new_figure(PAGE, 1.8, 1, 2, width_ratios=[1, 2])
-            left.imshow(to_rgb(image))
+            left.imshow(to_rgb(shown.image))
             left.axis("off")
-            routes_panel(right, grid_of(viewer.model), out.A[0].cpu(), COLORS[0], f"{path.name}: {words}")
+            routes_panel(right, shown.grid, shown.route, COLORS[0], f"{path.name}: {shown.words}")
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
     if failed or locked:
         which = ", ".join(map(str, (failed + locked)[:3])) + (" ..." if (failed + locked)[3:] else "")
         raise InputError(f"--image {source}: {len(failed)} of {len(paths)} pictures are not shown: {which}")
 
 
-def describe_picture(viewer: Viewer, path: Path):
-    """A picture -> image uint8 [3, H, W], the model's output, the image with what is predicted and the
-    expert's number on it, and its cost and expert in words.
+@dataclass
+class Shown:
+    """A picture with what is predicted for it."""
 
-    Raises InputError, which names the path, where it cannot be read, is too narrow or needs too much memory.
-    """
-    model, checkpoint = viewer.model, viewer.checkpoint
+    image: Tensor  # uint8 [3, H, W]
+    overlay: Tensor  # the same, with the prediction and the expert's number on it
+    words: str  # its cost and its expert
+    grid: list  # of the routing space; [] of a static network
+    route: Tensor | None  # [D], what of it is open
+
+
+def describe_picture(viewer: Viewer | ExpertViewer, path: Path) -> Shown:
+    """Raises InputError, which names the path, where it cannot be read, is too narrow or needs too much
+    memory."""
     try:
-        image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-        out, overlay = viewer.predict(image, names=True)
+        return viewer.describe(torch.from_numpy(data.read_image(path)).permute(2, 0, 1))
     except data.DataError as error:
         raise InputError(error) from None
     except InputError as error:
@@ -897,22 +1395,13 @@ def describe_picture(viewer: Viewer, path: Path):
             raise
         words = "needs more memory than there is; scale it down, or cut it into parts"
         raise InputError(f"{path}: {words}") from None
-    size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
-    clusters, count = checkpoint["clusters"], model.counts[0]
-    gflops = sum(model.real_cost(out.routes, *size, count).values()).item() / 1e9
-    words = f"{gflops:.3g} GFLOPs ({count})"
-    if clusters is not None:
-        label, distance = clusters.nearest(out.routes.activations(gate_space(checkpoint)).cpu())
-        words += f", expert {label.item()} of {len(clusters.centers)}, {distance.item():.3f} from its centre"
-        overlay = write_on(overlay, [f"expert {label.item()}"], [(2, 2)])
-    return image, out, overlay, words
 
 
 # ============ one table of many checkpoints ============
 
 METHODS = {
     "dr-a": "DR-A", "dr-b": "DR-B", "dr-c": "DR-C", "dr-raw": "DR-Raw", "divdr-a": "DivDR-A",
-    "divdr-raw": "DivDR-Raw", "deeplabv3-r101": "DeepLabV3", "r50-fpn": "R-CNN",
+    "divdr-raw": "DivDR-Raw", "fixed-route": "Fixed route", "deeplabv3-r101": "DeepLabV3", "r50-fpn": "R-CNN",
 }
 STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
 SCORES = ("mIoU", "box AP", "mask AP")
@@ -975,6 +1464,8 @@ class Setting:
     @property
     def method(self) -> str:
         name = METHODS[self.runs[0].variant]
+        if "route" in self.runs[0].checkpoint["model_args"]:
+            name = Path(self.config["route"]).name
         if name == "R-CNN":
             name = ("Mask " if self.runs[0].checkpoint["model_args"]["masks"] else "Faster ") + name
         return name
@@ -987,9 +1478,10 @@ class Setting:
     @property
     def backbone(self) -> str:
         run = self.runs[0]
-        if not run.grid:
+        if run.variant in STATIC_BACKBONES:
             return STATIC_BACKBONES[run.variant]
-        layers, width = run.grid[-1][0] + 1, run.checkpoint["model_args"].get("width") or 64
+        width = run.checkpoint["model_args"].get("width") or 64
+        layers = run.grid[-1][0] + 1 if run.grid else run.checkpoint["model_args"]["layers"]
         return with_gate(f"Layer{layers}" + (f", width {width}" if width != 64 else ""), run.gate)
 
     def mean_std(self, column: str) -> tuple[float, float | None] | None:
@@ -1027,7 +1519,7 @@ def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Set
 
     names = [*SWEPT, *(name for setting in settings for name in setting.runs[0].facts)]
     for name in dict.fromkeys(names):
-        if name in ignored | {"variant", "layers", "width", "gate"}:  # the first columns tell these
+        if name in ignored | {"variant", "layers", "width", "gate", "route"}:  # the first columns tell these
             continue
         values = set()
         for setting in settings:
@@ -1195,11 +1687,13 @@ def curve(ax, j: int, x, y, label: str, deviation=None, marks: bool = True) -> N
 
 def grid_of(model) -> list[tuple[int, int, list[int]]]:
     """Per node in the order of A(x): layer, scale, and the paths that it has; [] of a static network."""
-    grid = []
-    if model.dim:
-        nodes = iter(model.backbone.all_nodes()[1:])
-        for layer, count in enumerate(model.backbone.nodes_per_layer):
-            grid += [(layer, s, next(nodes).paths) for s in range(count)]
+    return grid_of_backbone(model.backbone) if model.dim else []
+
+
+def grid_of_backbone(backbone: Grid) -> list[tuple[int, int, list[int]]]:
+    grid, nodes = [], iter(backbone.all_nodes()[1:])
+    for layer, count in enumerate(backbone.nodes_per_layer):
+        grid += [(layer, s, next(nodes).paths) for s in range(count)]
     return grid
 
 
@@ -1267,6 +1761,10 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     average; right what tells each from the others."""
     from matplotlib.lines import Line2D
 
+    if "route" in run.checkpoint["model_args"]:
+        route, cost = viewer.model.backbone.route.cpu(), run.metrics["gflops"]["paper"]["mean"]
+        panels = [(f"{int(route.sum())} paths, {cost:.3g} GFLOPs", route, COLORS[0])]
+        return draw_fixed(panels, grid_of_backbone(viewer.model.backbone), run.name)
     if run.clusters is None:
         return None
     centers, reference = as_alpha(run.clusters.centers, run.checkpoint), average_router(run, runs)
@@ -1304,6 +1802,58 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     close = dict(handlelength=2.4, columnspacing=1.4)
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), **close)
     figure.suptitle(with_gate(run.name, run.gate), fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def draw_fixed(panels: list[tuple], grid: list, title: str):
+    """Fixed routes: panels are titles, routes bool [1 + nodes, 3] and colours."""
+    columns, scales = min(2, len(panels)), 1 + max(scale for _, scale, _ in grid)
+    rows = -(-len(panels) // columns)
+    size = PAGE * columns / 2, (0.35 + 0.24 * scales) * rows + 0.35
+    figure, axes = new_figure(*size, rows, columns, sharex=True, sharey=True)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (words, route, color) in zip(axes.flat, panels):
+        routes_panel(ax, grid, 0.4 * route[1:].flatten().float(), color, words)
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def draw_cut(cut: CutRun):
+    """The route of each expert, and of the one for all."""
+    panels = []
+    for j, expert in enumerate(cut.experts):
+        gflops = next(iter(expert["gflops"].values()))
+        words = f"expert {j}: {count_images(expert['images'])}, {expert['open paths']} paths"
+        words += f", {gflops:.3g} GFLOPs"
+        panels.append((words, cut.routes[f"expert-{j}"], COLORS[j % len(COLORS)]))
+    panels.append((f"one for all: {int(cut.routes[COMMON].sum())} paths", cut.routes[COMMON], "0.25"))
+    words = "; a node without a path hands its input on"
+    return draw_fixed(panels, cut.run.grid, with_gate(cut.run.name, cut.run.gate) + words)
+
+
+def draw_keep(cuts: list[CutRun]):
+    """Scores and GFLOPs over --keep: K experts by A(x), one network for all; mean ± deviation over seeds."""
+    by_run = {id(cut.run): cut for cut in cuts}
+    columns = [column for column in SCORES if any(column in row for row in cuts[0].sweep[COMMON])]
+    columns.append("GFLOPs")
+    figure, axes = new_figure(PAGE, 2.9, 1, len(columns))
+    for ax, column in zip(axes.flat, columns):
+        for j, setting in enumerate(group_runs([cut.run for cut in cuts])):
+            mine = [by_run[id(run)] for run in setting.runs]
+            for name, dashes in (("experts", "-"), (COMMON, "--")):
+                lines = [[row[column] for row in cut.sweep[name]] for cut in mine]
+                mean = [statistics.mean(values) for values in zip(*lines)]
+                spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in zip(*lines)]
+                label = f"{setting.label}, {'K experts' if name == 'experts' else 'one for all'}"
+                style = dict(color=COLORS[j % len(COLORS)], marker=MARKERS[j % len(MARKERS)], ls=dashes)
+                ax.errorbar(range(len(KEEPS)), mean, spread, label=label, ms=3.5, capsize=2, **style)
+        ax.set_xticks(range(len(KEEPS)), [f"{100 * share:g}" for share in KEEPS])
+        where = f", {cuts[0].run.metrics['dataset']} {cuts[0].run.metrics['split']}"
+        unit = f"{column} per image" if column == "GFLOPs" else f"{column}, %"
+        ax.set(xlabel="keep, % of an expert's images", ylabel=unit + where)
+        ax.grid(color="0.9", lw=0.5)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -1654,10 +2204,11 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     import matplotlib
 
     arguments = parse(argv)
-    arguments.folders = output_folders(arguments)
+    arguments.folders = output_folders(arguments, arguments.out)
+    arguments.expert_folders = output_folders(arguments, arguments.experts)
     UNWRITTEN.clear()
     process = process or start_process(arguments.device, arguments.workers)
-    for flag in ("figures", "predictions", "out"):  # before what takes long
+    for flag in ("figures", "predictions", "out", "experts"):  # before what takes long
         if getattr(arguments, flag):
             make_folder(getattr(arguments, flag), f"--{flag}")
     wanted = "a checkpoint; training writes them to runs/NAME/last.pt"
@@ -1669,6 +2220,7 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     with matplotlib.rc_context(STYLE):
         report(arguments, process)
     asked_for = arguments.figures or arguments.predictions or arguments.out or arguments.image
+    asked_for = asked_for or arguments.experts
     if UNWRITTEN and not asked_for:
         print("--out DIR writes elsewhere", file=sys.stderr)
     elif UNWRITTEN:
@@ -1678,6 +2230,10 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
 def report(arguments: argparse.Namespace, process: Process) -> None:
     """Evaluates all checkpoints, or shows --image; then tables and figures."""
     runs = []
+    if arguments.experts:
+        return report_experts(arguments, process)
+    if arguments.checkpoint[0].suffix == ".json":
+        return show(arguments, ExpertViewer(arguments, process))
     if not arguments.image:
         runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
     if dist.is_initialized():  # the first process does the rest alone, and answers for all
@@ -1694,6 +2250,28 @@ def report(arguments: argparse.Namespace, process: Process) -> None:
         print_tables(arguments, runs)
     if arguments.figures:
         draw_figures(arguments, runs, process)
+
+
+def report_experts(arguments: argparse.Namespace, process: Process) -> None:
+    """Cuts the experts of all checkpoints out; then one table, and figures."""
+    if process.world > 1:
+        raise InputError("--experts: runs in one process; start it without torchrun")
+    if arguments.onnx:
+        for package in ("onnx", "onnxscript"):
+            if importlib.util.find_spec(package) is None:
+                raise InputError(f"--onnx: needs the package {package}: pip install onnx onnxscript")
+    cuts = [cut_experts(arguments, path, process) for path in arguments.checkpoint]
+    print(render(cut_table(cuts), arguments.format or "text"))
+    first = cuts[0].run.metrics
+    note = f"On {first['dataset']} {arguments.split}, {first['images']} images; GFLOPs: mean per image, the "
+    timed = min(TIMED, first["images"])
+    note += f"dispatcher's stem counted; s/image: median of {timed} images, each alone, "
+    note += f"on {process.device}; by A(x): the routed network that says where an image goes is not counted."
+    print(("% " if arguments.format == "latex" else "\n") + note)
+    if arguments.figures:
+        for cut in cuts:
+            save_figure(draw_cut(cut), arguments.figures, f"cut-{cut.run.name}")
+        save_figure(draw_keep(cuts), arguments.figures, "keep")
 
 
 if __name__ == "__main__":

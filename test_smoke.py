@@ -27,6 +27,7 @@ import sys
 import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -2859,6 +2860,213 @@ def test_figures_and_tables_reuse_what_is_kept_beside_the_checkpoint_while_it_is
     assert out.splitlines()[1].endswith("2") and "iteration 11 of 12" in out
     copied.with_name("log.jsonl").write_text("{}\n{}\n")
     refuses(lambda: run(evaluate.main, copied, "--figures drawn", QUIET), "log.jsonl")
+
+
+# ============ experts cut out ============
+
+
+@pytest.fixture(scope="session")
+def cut_out(trained):
+    """The folder of `trained`, in which runs/seg is cut by the images that it is evaluated on into cut/."""
+    before = os.getcwd()
+    os.chdir(trained)
+    kept = "--keep 0 --cut-from val --figures cut-figures"
+    (trained / "printed").write_text(succeeds(evaluate.main, f"runs/seg/last.pt {QUIET} --experts cut", kept))
+    os.chdir(before)
+    return trained
+
+
+def test_cut_from_a_split_with_keep_0_experts_predict_there_what_the_routed_network_does(cut_out):
+    os.chdir(cut_out)
+    about, printed = read_json("cut/experts.json"), Path("printed").read_text()
+    network, checkpoint = model.load_checkpoint("runs/seg/last.pt")
+    clusters = kmeans.Clusters(**checkpoint["bank"]["clusters"])
+    dataset = data.segmentation_dataset("camvid", "camvid", "val", train=False)
+    routed, *rows = about["table"].values()
+    assert all(row["mIoU"] == routed["mIoU"] for row in rows) and printed.count(f"{routed['mIoU']:.2f}") >= 4
+    sizes, sent = [0, 0], []
+    for image, _, _ in dataset:
+        with torch.no_grad():
+            out = network(data.normalize(image[None]))
+            own = clusters.nearest(out.A)[0].item()
+            fixed = network.cut(torch.tensor(about["routes"][f"expert-{own}"])).eval()
+            assert torch.equal(fixed(data.normalize(image[None])).logits.argmax(1), out.logits.argmax(1))
+        sizes[own] += 1
+        exact = {count: sum(fixed.real_cost(None, 64, 96, count).values()).item() for count in fixed.counts}
+        sent.append(exact["exact"] / 1e9)
+    assert [expert["images"] for expert in about["experts"]] == sizes
+    by_A = about["table"]["2 experts, by A(x)"]
+    assert by_A["GFLOPs exact"] == pytest.approx(sum(sent) / 12)
+    assert sorted(os.listdir("cut-figures")) == ["cut-seg.pdf", "cut-seg.png", "keep.pdf", "keep.png"]
+    for j, expert in enumerate(about["experts"]):
+        assert f"{expert['parameters']:,d}" in printed
+        assert sum(map(sum, about["routes"][f"expert-{j}"])) == expert["open paths"]
+
+
+WITHOUT_US = """
+import json, sys, torch
+assert not any(name in sys.modules for name in ("routing", "model", "evaluate"))
+about, images = json.load(open("experts.json")), torch.load("images")
+mean, std = (torch.tensor(about["normalization"][key])[:, None, None] for key in ("mean", "std"))
+dispatcher = torch.export.load("dispatcher.pt2").module()
+outputs = []
+for image in images:
+    x = (image[None] / 255 - mean) / std
+    k = dispatcher(x).argmax().item()
+    outputs.append((k, torch.export.load(f"expert-{k}.pt2").module()(x)))
+torch.save(outputs, "outputs")
+"""
+
+
+@torch.no_grad()
+def test_exported_experts_run_without_our_code_and_hold_none_of_it(cut_out):
+    shutil.copytree(cut_out / "cut", "cut")
+    network = model.load_checkpoint(cut_out / "runs" / "seg" / "last.pt")[0]
+    dataset = data.segmentation_dataset("camvid", str(cut_out / "camvid"), "val", train=False)
+    images = torch.stack([dataset[i][0] for i in range(3)])
+    torch.save(images, "cut/images")
+    variables = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", WITHOUT_US], check=True, cwd="cut", env=variables)
+    routes = read_json("cut/experts.json")["routes"]
+    for image, (k, logits) in zip(images, torch.load("cut/outputs")):
+        wanted = network.cut(torch.tensor(routes[f"expert-{k}"])).eval()(data.normalize(image[None])).logits
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    for path in Path("cut").glob("*.pt2"):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                text = archive.read(name) if "weight" not in name else b""
+                assert not re.search(rb"\.py\b|/home|/tmp|/work|routing|Backbone|__main__", text), name
+    assert str(cut_out) not in Path("cut/experts.json").read_text()
+
+
+@pytest.mark.parametrize("gate", ["small", "full"])
+@torch.no_grad()
+def test_an_export_takes_any_batch_and_size_and_costs_what_is_counted(gate):
+    torch.manual_seed(0)
+    network = model.build_model("dr-a", "segmentation", 4, layers=5, width=4, gate=gate)
+    let_gates_decide(network)
+    everything = network.backbone.open_routes().alpha[0] > 0
+    fixed = network.cut(everything & (random_alphas(1, network.backbone.num_nodes, 4)[0] > 0)).eval()
+    least = {"small": 256, "full": 64}[gate]
+    program = evaluate.export_program(evaluate.Exported(fixed), 32, least, None)[0]
+    for shape in ((1, 3, least, least), (3, 3, 288, 320)):
+        images, run = torch.randn(shape), program.module()
+        torch.testing.assert_close(run(images), fixed(images).logits, rtol=1e-4, atol=1e-4)
+        with FlopCounterMode(display=False) as counter:
+            run(images[:1])
+        assert counter.get_total_flops() == 2 * sum(fixed.real_cost(None, *shape[2:], "conv").values()).item()
+    for shape in ((1, 3, 300, 320), (1, 3, least - 32, 320), (1, 4, 288, 320)):
+        with pytest.raises(Exception, match="Expected input"):
+            run(torch.zeros(shape))
+
+
+def test_onnx_gives_the_same_result(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    fixed = model.build_model("fixed-route", "segmentation", 4, 4, 4, route=routing.named_route("u-net", 4))
+    program, example = evaluate.export_program(evaluate.Exported(fixed.eval()), 32, 64, None)
+    file, images = io.BytesIO(), torch.randn(3, 3, 96, 64)
+    evaluate.write_onnx(program, example, ["logits"], file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    wanted = fixed(images).logits.detach()
+    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    small = "--size 64 64 --layers 4 --width 4 --runs 1 --device cpu --batch 1 --openness 0.5 --onnx"
+    assert "onnxruntime" in succeeds(flops.main, "speed", small)
+
+
+def test_pictures_go_to_exported_experts(cut_out, capsys):
+    shutil.copytree(cut_out / "cut", "cut")
+    shutil.copytree(cut_out / "camvid" / "val", "in")
+    command = f"cut/experts.json {QUIET} --image"
+    out = succeeds(evaluate.main, command, "in --out shown --figures drawn")
+    assert len(re.findall(r"expert [01] of 2, by the dispatcher", out)) == len(os.listdir("shown")) == 12
+    assert os.path.exists("drawn/route-03.png.pdf")
+    assert (np.array(Image.open("shown/03.png.png")) != np.array(Image.open("in/03.png"))).any()
+    Image.new("RGB", (40, 70)).save("small.png")
+    refuses(lambda: run(evaluate.main, command, "small.png"), "small.png", "40x70", "96x64", "--export-size")
+    Path("other.json").write_text("{}")
+    refuses(lambda: run(evaluate.main, f"other.json {QUIET} --image small.png"), "other.json", "--experts")
+    about = read_json("cut/experts.json")
+    Path("cut/detector.json").write_text(json.dumps(about | {"task": "detection"}))
+    refuses(lambda: run(evaluate.main, f"cut/detector.json {QUIET} --image in"), "detector.json", "heads")
+    refuses(lambda: run(evaluate.main, f"cut/experts.json {QUIET}"), "--image")
+    torch.save({"code": HERE}, "code.pt")  # a path is an object, which could be any
+    archive = zipfile.ZipFile("cut/expert-0.pt2", "a")
+    archive.write("code.pt", "archive/data/sample_inputs/other.pt")
+    archive.close()
+    refuses(lambda: run(evaluate.main, command, "in"), "expert-0.pt2", "never run")
+    os.remove("cut/expert-0.pt2")
+    refuses(lambda: run(evaluate.main, command, "in"), "expert-0.pt2", "no such file")
+
+
+def test_what_has_no_experts_is_refused(cut_out, monkeypatch):
+    os.chdir(cut_out)
+    for flags, word in [
+        ("--experts c --image camvid/val", "--image"), ("--keep 0.1", "--experts"), ("--onnx", "--experts"),
+        ("--experts c --export-size 100 64", "multiples of 32"),
+    ]:
+        refuses(lambda: run(evaluate.main, f"runs/seg/last.pt {QUIET}", flags), word)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    refuses(lambda: run(evaluate.main, f"runs/seg/last.pt {QUIET} --experts c --onnx"), "pip install onnx")
+
+
+def test_experts_of_a_detector_find_what_it_finds_and_their_pyramids_are_exported(trained):
+    os.chdir(trained)
+    command = f"runs/det/last.pt {QUIET} --experts cut-det --keep 0 --cut-from val --format markdown"
+    out = succeeds(evaluate.main, command)
+    assert "box AP" in out and "mask AP" in out and "heads are not exported" in out
+    routed, *rows = read_json("cut-det/experts.json")["table"].values()
+    for row in rows:
+        assert row["box AP"] == pytest.approx(routed["box AP"]) and row["GFLOPs exact"] > 0
+    detector = model.load_checkpoint("runs/det/last.pt")[0]
+    route = torch.tensor(read_json("cut-det/experts.json")["routes"]["one-for-all"])
+    size = read_json("cut-det/experts.json")["size"]
+    exported, images = torch.export.load("cut-det/one-for-all.pt2").module(), torch.rand(2, 3, *size)
+    fixed = detector.cut(route).eval()
+    with torch.no_grad():
+        for got, wanted in zip(exported(images), fixed.pyramid(images).values(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        found = fixed([images[0]]).detections[0]
+        assert {"boxes", "scores", "labels", "masks"} == found.keys()
+
+
+def test_the_dispatcher_decides_by_gaussians_of_one_covariance():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    labels = labels.where(labels < 3, 0)  # class 3 has no sample, class 0 twice as many
+    spread = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
+    means = 2 * torch.randn(3, 6, generator=generator)
+    x = means[labels] + torch.randn(400, 6, generator=generator) @ spread
+    scores = model.fit_dispatcher(x, labels, 4)(x)
+    centers = torch.stack([x[labels == k].mean(0) for k in range(3)]).double()
+    covariance = torch.cov((x.double() - centers[labels]).T, correction=0)
+    density = torch.distributions.MultivariateNormal(centers, covariance).log_prob(x[:, None].double())
+    wanted = density + (labels.bincount() / 400).log()
+    assert torch.equal(scores.argmax(1), wanted.argmax(1))
+    torch.testing.assert_close(
+        (scores[:, 1:3] - scores[:, :1]).double(), wanted[:, 1:] - wanted[:, :1], rtol=2e-2, atol=2e-2)
+
+
+def test_a_fixed_route_trains_resumes_and_is_drawn(cut_out, monkeypatch):
+    os.symlink(cut_out / "camvid", "camvid")
+    flags = f"{TINY_SEG} --iters 4 --eval-every 4".replace("--k 2", "").replace("--kmeans-every 3", "")
+    experts = cut_out / "cut" / "experts.json"
+    succeeds(train_seg.main, flags, "--route u-net --init", cut_out / "runs" / "seg" / "last.pt")
+    succeeds(train_seg.main, flags, "--name expert --route", f"{experts}:expert-1")
+    network, checkpoint = model.load_checkpoint("runs/expert/last.pt")
+    assert network.backbone.route.int().tolist() == read_json(experts)["routes"]["expert-1"]
+    assert not parts_of(network, routing.Gate) and checkpoint["bank"]["clusters"] is None
+    last = events(Path("runs/expert"), "train")[-1]
+    assert last["gflops_real"] == pytest.approx(network.real_cost(None, 64, 64)["cells"].item() / 1e9, rel=2)
+    refuses(lambda: run(train_seg.main, flags, "--name expert --resume --route u-net"), "--route u-net")
+    figures = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.append((name, figure)))
+    runs = "runs/expert/last.pt runs/camvid-u-net-seed0/last.pt"
+    out = succeeds(evaluate.main, runs, QUIET, "--figures drawn")
+    assert re.search(r"u-net +Layer4, width 4", out) and "experts.json:expert-1" in out
+    assert {"routes-expert", "routes-camvid-u-net-seed0"} <= {name for name, figure in figures if figure}
+    refuses(lambda: run(evaluate.main, "runs/expert/last.pt --experts c", QUIET), "no clusters")
 
 
 # ============ resuming ============
