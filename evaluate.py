@@ -61,8 +61,9 @@ from tqdm import tqdm
 import data
 from kmeans import Clusters, agreement, describe_collapse, inter_intra, intra_to_centre, kmeans
 from model import (
-    VARIANTS, Dispatcher, InputError, Parser, Process, cores_per_process, fit_dispatcher, load_checkpoint,
-    load_published, make_folder, number, one_line_errors, read_file, start_process, write_file,
+    VARIANTS, Dispatcher, Exportable, InputError, Parser, Process, cores_per_process, fit_dispatcher,
+    load_checkpoint, load_published, make_folder, number, one_line_errors, read_file, start_process,
+    write_file,
 )
 from routing import OPEN, Grid, fuse, pad_to_stride
 
@@ -129,6 +130,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--experts: does not go with --image, --predictions and --published")
     if any(path.suffix == ".json" for path in arguments.checkpoint) and (several or not arguments.image):
         parser.error(f"{arguments.checkpoint[0]}: a json is exported experts, which are for --image alone")
+    arguments.keep = 0.01 if arguments.keep is None else arguments.keep
+    arguments.cut_from = arguments.cut_from or "train"
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
 
@@ -810,7 +813,7 @@ class Seen:
     """What a pass over images tells of each of them."""
 
     opened: Tensor  # bool [N, 1 + nodes, 3]: the paths that it opens
-    labels: Tensor  # [N] the expert whose centre is nearest to its A(x)
+    A: Tensor  # [N, D] what is clustered
     pooled: Tensor  # [N, C] the stem's map, mean over its pixels
 
 
@@ -831,8 +834,7 @@ class CutRun:
     routes: dict[str, Tensor]  # by name, expert-0 and so on, and one-for-all: bool [1 + nodes, 3]
     rows: dict[str, dict[str, float]]  # by network: the columns of the table
     experts: list[dict]  # of each: how many images, open paths, parameters, GFLOPs
-    images: int  # of the split that it was evaluated on
-    sweep: dict[str, list[dict]]  # the same as rows over KEEPS; {} without --figures
+    sweep: dict[str, list[dict]]  # scores and GFLOPs over KEEPS; {} without --figures
 
 
 class Bench:
@@ -858,15 +860,17 @@ class Bench:
     @torch.no_grad()
     def look(self, model) -> Seen:
         """The routes of all images, without running the head."""
-        network, pooled, opened, labels = fuse(copy.deepcopy(model).eval()), [], [], []
-        clusters, space = self.checkpoint["clusters"], gate_space(self.checkpoint)
-        hook = lambda module, inputs, out: pooled.append(out.mean((2, 3)).cpu())  # noqa: E731
-        network.backbone.stem.register_forward_hook(hook)
+        network, opened, A, pooled = fuse(copy.deepcopy(model).eval()), [], [], []
+
+        def pool(module, inputs, out):
+            pooled.append(out.mean((2, 3)).cpu())
+
+        network.backbone.stem.register_forward_hook(pool)
         for images, _, _ in tqdm(self.loader(), "looking at routes", leave=False):
             routes = network.routes(self.input(images))
             opened.append((routes.alpha > OPEN).cpu())
-            labels.append(clusters.nearest(routes.activations(space).cpu())[0])
-        return Seen(torch.cat(opened), torch.cat(labels), torch.cat(pooled))
+            A.append(routes.activations(gate_space(self.checkpoint)).cpu())
+        return Seen(torch.cat(opened), torch.cat(A), torch.cat(pooled))
 
     def run(self, model, only: Tensor | None = None):
         """A pass of evaluation over the images whose indices are `only` [n], or over all."""
@@ -924,15 +928,15 @@ class Bench:
         return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cut_routes(seen: Seen, k: int, keep: float) -> dict[str, Tensor]:
+def cut_routes(opened: Tensor, labels: Tensor, k: int, keep: float) -> dict[str, Tensor]:
     """By name, the paths that more than a share `keep` of an expert's images open, and of all images.
 
-    An expert that has no image gets the route of all.
+    opened: bool [N, 1 + nodes, 3]; labels: [N] experts. An expert that has no image gets the route of all.
     """
-    common = seen.opened.double().mean(0) > keep
+    common = opened.double().mean(0) > keep
     routes = {}
     for j in range(k):
-        own = seen.opened[seen.labels == j]
+        own = opened[labels == j]
         routes[f"expert-{j}"] = own.double().mean(0) > keep if len(own) else common
     return routes | {COMMON: common}
 
@@ -940,55 +944,74 @@ def cut_routes(seen: Seen, k: int, keep: float) -> dict[str, Tensor]:
 def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> CutRun:
     """Cuts the experts of a checkpoint out, scores them beside the routed network, and exports them."""
     model, checkpoint = open_checkpoint(arguments, path, process)
-    if checkpoint["clusters"] is None or not model.dim:
-        raise InputError(f"--experts: {path} has no clusters, and so no experts to cut out")
+    if not model.dim:
+        raise InputError(f"--experts: {path} is a static network, which has no experts to cut out")
+    size = export_size(arguments, model.backbone.stride)
     bench = Bench(arguments, checkpoint, open_split(arguments, checkpoint), process)
-    source = open_split(arguments, checkpoint, arguments.cut_from or "train")
-    training = Bench(arguments, checkpoint, source, process).look(model)
-    here = bench.look(model)
-    k, keep_share = len(checkpoint["clusters"].centers), 0.01 if arguments.keep is None else arguments.keep
-    decide = fit_dispatcher(training.pooled, training.labels, k)
-    sent = decide(here.pooled).argmax(1)
-    routes = cut_routes(training, k, keep_share)
-    fixed = {name: model.cut(route) for name, route in routes.items()}
-    experts = [fixed[f"expert-{j}"] for j in range(k)]
+    source = Bench(arguments, checkpoint, open_split(arguments, checkpoint, arguments.cut_from), process)
+    training, here = source.look(model), bench.look(model)
+    clusters = checkpoint["clusters"]
+    if clusters is None:
+        print(f"{path}: has no centres: clustering {arguments.cut_from} instead", file=sys.stderr)
+        centers, labels, _ = kmeans(training.A, min(checkpoint["config"]["k"], len(training.A)))
+        clusters = Clusters(centers, labels, 0.0, labels.bincount().tolist())
+    k, cut_from, own = len(clusters.centers), clusters.nearest(training.A)[0], clusters.nearest(here.A)[0]
+    decide = fit_dispatcher(training.pooled, cut_from, k)
     dispatcher = Dispatcher(model.backbone.stem, decide).to(process.device).eval()
+    routes = cut_routes(training.opened, cut_from, k, arguments.keep)
+    fixed = {name: model.cut(route) for name, route in routes.items()}
 
-    everything = torch.zeros_like(sent)
     routed = bench.run(model)
-    results = {
-        "routed network": Score(bench.score([routed]), routed.flops, routed.sizes),
-        "one for all": bench.run_sent([fixed[COMMON]], everything),
-        f"{k} experts, by A(x)": bench.run_sent(experts, here.labels),
-        f"{k} experts, dispatched": bench.run_sent(experts, sent),
-    }
-    dispatched = results[f"{k} experts, dispatched"]
-    for count, flops in dispatched.flops.items():  # the stem runs once more
-        at, kind = ([[800, 800]] if "800" in count else dispatched.sizes.tolist()), count.split()[0]
-        flops += torch.tensor([model.backbone.costs(*size, kind).stem for size in at])
-    run = describe_run(arguments, checkpoint, model, routed, checkpoint["clusters"])
-    cut = CutRun(run, routes, {}, [], len(sent), {})
-    seconds = bench.seconds(timed_calls(model, fixed[COMMON], experts, dispatcher, here.labels, k))
-    together = sum(count_parameters(network) for network in experts)
-    parameters = [count_parameters(model), count_parameters(fixed[COMMON]), together]
-    parameters.append(together + count_parameters(dispatcher))
-    for (name, result), size in zip(results.items(), parameters):
-        row = dict(result.scores)
-        row |= {f"GFLOPs {count}": mean_gflops(values) for count, values in result.flops.items()}
-        cut.rows[name] = row | {"parameters M": size / 1e6, "s/image": seconds[name]}
-    cut.rows[f"{k} experts, dispatched"]["as A(x) %"] = 100 * (sent == here.labels).double().mean().item()
-    for j, network in enumerate(experts):
-        cut.experts.append({
-            "images": int((here.labels == j).sum()),
-            "images it was cut from": int((training.labels == j).sum()),
+    run = describe_run(arguments, checkpoint, model, routed, clusters)
+    rows = compare_networks(bench, model, routed, fixed, dispatcher, own, decide(here.pooled).argmax(1))
+    experts = []
+    for j in range(k):
+        network = fixed[f"expert-{j}"]
+        experts.append({
+            "images": int((own == j).sum()), "images it was cut from": int((cut_from == j).sum()),
             "open paths": int(routes[f"expert-{j}"].sum()), "parameters": count_parameters(network),
             "gflops": network_gflops(network, routed.sizes[0].tolist()),
         })
+    cut = CutRun(run, routes, rows, experts, {})
     if arguments.figures:
-        cut.sweep = sweep_keep(bench, model, training, here, k)
+        cut.sweep = sweep_keep(bench, model, training.opened, cut_from, own, k)
     print_cut(arguments, cut)
-    write_experts(arguments, cut, bench, checkpoint, fixed, dispatcher)
+    write_experts(arguments, cut, fixed, dispatcher, size)
     return cut
+
+
+def compare_networks(
+    bench: Bench, model, routed, fixed: dict, dispatcher: Dispatcher, own: Tensor, sent: Tensor
+) -> dict[str, dict[str, float]]:
+    """The rows of the table, by network: scores, mean GFLOPs by count, parameters, seconds.
+
+    routed: what `model` gave. own, sent: [N] the expert of each image by its A(x), and by the dispatcher.
+    """
+    experts = [network for name, network in fixed.items() if name != COMMON]
+    by_A, dispatched = f"{len(experts)} experts, by A(x)", f"{len(experts)} experts, dispatched"
+    results = {
+        "routed network": Score(bench.score([routed]), routed.flops, routed.sizes),
+        "one for all": bench.run_sent([fixed[COMMON]], torch.zeros_like(own)),
+        by_A: bench.run_sent(experts, own),
+        dispatched: bench.run_sent(experts, sent),
+    }
+    for count, flops in results[dispatched].flops.items():  # the stem runs once more
+        sizes = [[800, 800]] if "800" in count else results[dispatched].sizes.tolist()
+        flops += torch.tensor([model.backbone.costs(*size, count.split()[0]).stem for size in sizes])
+    together = sum(map(count_parameters, experts))
+    parameters = {
+        "routed network": count_parameters(model), "one for all": count_parameters(fixed[COMMON]),
+        by_A: together, dispatched: together + count_parameters(dispatcher),
+    }
+    calls = timed_calls(model, fixed[COMMON], experts, dispatcher, own)
+    seconds = bench.seconds(dict(zip(results, calls)))
+    rows = {}
+    for name, result in results.items():
+        gflops = {f"GFLOPs {count}": mean_gflops(values) for count, values in result.flops.items()}
+        size = {"parameters M": parameters[name] / 1e6, "s/image": seconds[name]}
+        rows[name] = result.scores | gflops | size
+    rows[dispatched]["as A(x) %"] = 100 * (sent == own).double().mean().item()
+    return rows
 
 
 def count_parameters(network) -> int:
@@ -1001,48 +1024,46 @@ def network_gflops(network, size: list[int]) -> dict[str, float]:
     return {count: sum(parts.values()).item() / 1e9 for count, parts in costs.items()}
 
 
-def timed_calls(model, common, experts: list, dispatcher, labels: Tensor, k: int) -> dict:
-    """For `Bench.seconds`: the four networks of the table, with batch norm folded."""
-    model, common = (fuse(copy.deepcopy(network).eval()) for network in (model, common))
-    experts, dispatcher = [fuse(copy.deepcopy(expert)) for expert in experts], fuse(copy.deepcopy(dispatcher))
+def timed_calls(model, common, experts: list, dispatcher: Dispatcher, own: Tensor) -> list:
+    """For `Bench.seconds`: the four networks of the table, in its order, with batch norm folded."""
+    model, common, dispatcher = (fuse(copy.deepcopy(net).eval()) for net in (model, common, dispatcher))
+    experts = [fuse(copy.deepcopy(expert).eval()) for expert in experts]
 
     def dispatched(i, x):
         images = x if isinstance(x, Tensor) else model.prepare(x)[0].tensors
         images = pad_to_stride(images, model.backbone.stride).contiguous(memory_format=torch.channels_last)
         return experts[dispatcher(images).argmax(1).item()](x)
 
-    return {
-        "routed network": lambda i, x: model(x), "one for all": lambda i, x: common(x),
-        f"{k} experts, by A(x)": lambda i, x: experts[labels[i]](x), f"{k} experts, dispatched": dispatched,
-    }
+    return [lambda i, x: model(x), lambda i, x: common(x), lambda i, x: experts[own[i]](x), dispatched]
 
 
-def sweep_keep(bench: Bench, model, training: Seen, here: Seen, k: int) -> dict[str, list[dict]]:
+def sweep_keep(
+    bench: Bench, model, opened: Tensor, cut_from: Tensor, own: Tensor, k: int
+) -> dict[str, list[dict]]:
     """Scores and GFLOPs of the experts, by A(x), and of the one for all, cut at each of KEEPS."""
     sweep = {"experts": [], COMMON: []}
     for share in KEEPS:
-        routes = cut_routes(training, k, share)
-        experts = [model.cut(routes[f"expert-{j}"]) for j in range(k)]
-        common = bench.run_sent([model.cut(routes[COMMON])], torch.zeros_like(here.labels))
-        for name, result in {"experts": bench.run_sent(experts, here.labels), COMMON: common}.items():
+        fixed = {name: model.cut(route) for name, route in cut_routes(opened, cut_from, k, share).items()}
+        common = bench.run_sent([fixed.pop(COMMON)], torch.zeros_like(own))
+        for name, result in {"experts": bench.run_sent([*fixed.values()], own), COMMON: common}.items():
             gflops = mean_gflops(result.flops[table_count(result.flops)])
             sweep[name].append({"keep": share, "GFLOPs": gflops, **result.scores})
     return sweep
 
 
 def print_cut(arguments: argparse.Namespace, cut: CutRun) -> None:
-    """What each expert is; with several checkpoints the table of all comes at the end."""
+    """What each expert is."""
     run = cut.run
-    print(f"{run.checkpoint['path']}: {run.variant}, experts cut from {arguments.cut_from or 'train'}")
+    lines = [f"{run.checkpoint['path']}: {run.variant}, experts cut from {arguments.cut_from}"]
     counts = list(cut.experts[0]["gflops"])
     titles = "".join(f"{f'GFLOPs {count}':>16}" for count in counts)
-    print(f"{'':14}{'cut from':>10}{arguments.split:>8}{'paths':>8}{'parameters':>12}{titles}")
+    lines.append(f"{'':14}{'cut from':>10}{arguments.split:>8}{'paths':>8}{'parameters':>12}{titles}")
     places = digits(value for expert in cut.experts for value in expert["gflops"].values())
     for j, expert in enumerate(cut.experts):
         gflops = "".join(f"{expert['gflops'][count]:16.{places}f}" for count in counts)
         numbers = f"{expert['images it was cut from']:10d}{expert['images']:8d}{expert['open paths']:8d}"
-        print(f"{f'expert {j}':14}{numbers}{expert['parameters']:12,d}{gflops}")
-    print()
+        lines.append(f"{f'expert {j}':14}{numbers}{expert['parameters']:12,d}{gflops}")
+    print("\n".join(lines) + "\n", file=sys.stderr if arguments.format else sys.stdout)
 
 
 def cut_table(cuts: list[CutRun]) -> list[list[str]]:
@@ -1071,22 +1092,12 @@ def cut_table(cuts: list[CutRun]) -> list[list[str]]:
 # ---- exported ----
 
 
-class Exported(torch.nn.Module):
-    """A static network as it is exported: images [B, 3, H, W], normalised, that need no padding."""
-
-    def __init__(self, network, dispatcher: bool = False):
-        super().__init__()
-        self.network = fuse(copy.deepcopy(network).cpu().eval())
-        self.part = "pyramid" if hasattr(network, "rcnn") else "segmenter"
-        self.part = "dispatcher" if dispatcher else self.part
-
-    def forward(self, images: Tensor):
-        """-> logits [B, classes, H, W]; of a detector the maps P2 to P6; of a dispatcher scores [B, K]."""
-        if self.part == "segmenter":
-            return self.network.predict(images)
-        if self.part == "dispatcher":
-            return self.network(images)
-        return list(self.network.pyramid(images).values())
+def export_size(arguments: argparse.Namespace, stride: int) -> tuple[int, int] | None:
+    """--export-size, checked."""
+    size = arguments.export_size
+    if size and (size[0] % stride or size[1] % stride):
+        raise InputError(f"--export-size {size[0]} {size[1]}: both must be multiples of {stride}")
+    return size and tuple(size)
 
 
 def export_program(network, stride: int, least: int, size: tuple[int, int] | None):
@@ -1110,45 +1121,45 @@ def export_program(network, stride: int, least: int, size: tuple[int, int] | Non
     return program, example
 
 
-def write_experts(arguments, cut: CutRun, bench: Bench, checkpoint: dict, fixed: dict, dispatcher) -> None:
+def write_experts(
+    arguments, cut: CutRun, fixed: dict, dispatcher: Dispatcher, size: tuple[int, int] | None
+) -> None:
     """Writes NAME.pt2 of each network, and with --onnx NAME.onnx, and experts.json."""
-    folder, backbone = arguments.expert_folders[checkpoint["path"]], fixed[COMMON].backbone
-    stride = backbone.stride
+    checkpoint, backbone = cut.run.checkpoint, fixed[COMMON].backbone
+    folder, stride = arguments.expert_folders[checkpoint["path"]], backbone.stride
     least = (8 if backbone.gate == "small" else 2) * stride  # with less a shrunk map has a single row
-    size = arguments.export_size and tuple(arguments.export_size)
-    if size and (size[0] % stride or size[1] % stride):
-        raise InputError(f"--export-size {size[0]} {size[1]}: both must be multiples of {stride}")
     first = cut.run.result.sizes[0].tolist()
-    if size is None and min(first) < least - stride:
+    if size is None and min(first) <= least - stride:
         size = tuple(side + -side % stride for side in first)
-    networks = {name: Exported(network) for name, network in fixed.items()}
-    networks["dispatcher"] = Exported(dispatcher, dispatcher=True)
-    any_size = f"height and width multiples of {stride}, at least {least}"
-    sizes = "{0}x{1} alone (--export-size)".format(*size) if size else any_size
-    files, written = {}, 0
+    networks = {name: Exportable(network) for name, network in fixed.items()} | {"dispatcher": dispatcher}
+    outputs = {"dispatcher": ["scores"]}
+    if cut.run.task == "segmentation":
+        outputs |= {name: ["logits"] for name in fixed}
+    written = 0
     for name, network in tqdm(networks.items(), "exporting", leave=False):
+        network = fuse(copy.deepcopy(network).cpu().eval())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.export about itself
-            program, example = export_program(network.eval(), stride, least, size)
-            files[name] = f"{name}.pt2"
-            written += keep(folder / files[name], lambda file: torch.export.save(program, file))
+            program, example = export_program(network, stride, least, size)
+            written += keep(folder / f"{name}.pt2", lambda file: torch.export.save(program, file))
             if arguments.onnx:
-                output = {"dispatcher": ["scores"], "segmenter": ["logits"]}.get(network.part)
-                write = functools.partial(write_onnx, program, example, output)
+                write = functools.partial(write_onnx, program, example, outputs.get(name))
                 written += keep(folder / f"{name}.onnx", write)
     contents = {
-        "task": checkpoint["task"], "run": cut.run.name, "variant": cut.run.variant, "split": arguments.split,
-        "keep": 0.01 if arguments.keep is None else arguments.keep, "cut_from": arguments.cut_from or "train",
+        "task": cut.run.task, "run": cut.run.name, "variant": cut.run.variant, "split": arguments.split,
+        "keep": arguments.keep, "cut_from": arguments.cut_from,
         "layers": len(backbone.nodes_per_layer), "stride": stride, "least": least, "size": size,
         "normalization": {"mean": data.MEAN, "std": data.STD}, "classes": checkpoint["classes"],
-        "palette": checkpoint["palette"], "files": files, "experts": cut.experts, "table": cut.rows,
+        "palette": checkpoint["palette"], "experts": cut.experts, "table": cut.rows,
         "routes": {name: route.int().tolist() for name, route in cut.routes.items()},
-        "centers": checkpoint["clusters"].centers.tolist(),
+        "centers": cut.run.clusters.centers.tolist(),
     }
     written += keep(folder / "experts.json", json_writer(contents))
-    if not bench.segmentation:
+    if cut.run.task == "detection":
         words = "torchvision's heads are not exported: a file is the pyramid, from images to P2 ... P6"
         print(words, file=sys.stderr)
+    sizes = f"height and width multiples of {stride}, at least {least}"
+    sizes = "{0}x{1} alone (--export-size)".format(*size) if size else sizes
     print(f"wrote {written} files to {folder}, for any batch, {sizes}", file=sys.stderr)
 
 

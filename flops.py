@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from kmeans import kmeans
 from model import (
-    VARIANTS, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors, read_route,
-    start_process,
+    VARIANTS, Exportable, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors,
+    read_route, start_process,
 )
 from routing import DOWN, KEEP, OPEN, ROUTES, UP, RoutedBackbone, fuse, resize
 
@@ -238,21 +238,10 @@ def in_onnxruntime(network, images: Tensor):
     return lambda: torch.from_numpy(session.run(None, feed)[0]).to(images.device)
 
 
-class Logits(nn.Module):
-    """A fixed network without the padding and the rest of its output: images -> logits."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.predict(images)
-
-
 def fixed_contenders(model: nn.Module, images: Tensor, compiled: bool, onnx: bool) -> dict:
     """Inference of the network of one route, all its ways. model: routed, all its images have that route."""
     route = model.backbone.route(images[:1], skip=True)[1].alpha[0] > OPEN
-    network = Logits(fuse(model.cut(route))).eval()
+    network = Exportable(fuse(model.cut(route))).eval()
     contenders = {"fixed": lambda: network(images)}
     if compiled:
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants

@@ -250,8 +250,6 @@ class RoutedSegmenter(nn.Module):
 
 class FixedSegmenter(nn.Module):
     """A backbone with one route for all images and the segmentation head; images of any size, padded inside.
-
-    Exported, it takes sizes that need no padding: call `predict`.
     """
 
     counts = ("paper", "exact")
@@ -270,7 +268,7 @@ class FixedSegmenter(nn.Module):
             logits[..., :height, :width], routes.A, logits.new_zeros(len(images)), routes)
 
     def predict(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], H and W multiples of the stride -> logits [B, classes, H, W]."""
+        """[B, 3, H, W], H and W multiples of the stride -> logits [B, classes, H, W]; see `Exportable`."""
         features = self.backbone(images)
         return self.head(features[: len(self.head.laterals)])
 
@@ -579,6 +577,20 @@ def resnet50_fpn(frozen: bool = False) -> nn.Module:
     if frozen:
         options = dict(norm_layer=FrozenBatchNorm2d, trainable_layers=3)
     return resnet_fpn_backbone(backbone_name="resnet50", weights=None, **options)
+
+
+class Exportable(nn.Module):
+    """What of the static network of a route can be exported: images [B, 3, H, W], normalised, whose sides are
+    multiples of the stride -> logits [B, classes, H, W], or of a detector the maps P2 to P6."""
+
+    def __init__(self, network: FixedSegmenter | Detector):
+        super().__init__()
+        self.network = network.pyramid if isinstance(network, Detector) else network
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        if isinstance(self.network, FixedPyramid):
+            return list(self.network(images).values())
+        return self.network.predict(images)
 
 
 # ============ cost of static networks ============

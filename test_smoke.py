@@ -2948,7 +2948,7 @@ def test_an_export_takes_any_batch_and_size_and_costs_what_is_counted(gate):
     everything = network.backbone.open_routes().alpha[0] > 0
     fixed = network.cut(everything & (random_alphas(1, network.backbone.num_nodes, 4)[0] > 0)).eval()
     least = {"small": 256, "full": 64}[gate]
-    program = evaluate.export_program(evaluate.Exported(fixed), 32, least, None)[0]
+    program = evaluate.export_program(model.Exportable(fixed), 32, least, None)[0]
     for shape in ((1, 3, least, least), (3, 3, 288, 320)):
         images, run = torch.randn(shape), program.module()
         torch.testing.assert_close(run(images), fixed(images).logits, rtol=1e-4, atol=1e-4)
@@ -2964,7 +2964,7 @@ def test_onnx_gives_the_same_result(monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     fixed = model.build_model("fixed-route", "segmentation", 4, 4, 4, route=routing.named_route("u-net", 4))
-    program, example = evaluate.export_program(evaluate.Exported(fixed.eval()), 32, 64, None)
+    program, example = evaluate.export_program(model.Exportable(fixed.eval()), 32, 64, None)
     file, images = io.BytesIO(), torch.randn(3, 3, 96, 64)
     evaluate.write_onnx(program, example, ["logits"], file)
     session = onnxruntime.InferenceSession(file.getvalue())
@@ -3066,7 +3066,7 @@ def test_a_fixed_route_trains_resumes_and_is_drawn(cut_out, monkeypatch):
     out = succeeds(evaluate.main, runs, QUIET, "--figures drawn")
     assert re.search(r"u-net +Layer4, width 4", out) and "experts.json:expert-1" in out
     assert {"routes-expert", "routes-camvid-u-net-seed0"} <= {name for name, figure in figures if figure}
-    refuses(lambda: run(evaluate.main, "runs/expert/last.pt --experts c", QUIET), "no clusters")
+    refuses(lambda: run(evaluate.main, "runs/expert/last.pt --experts c", QUIET), "static")
 
 
 # ============ resuming ============
