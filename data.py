@@ -1371,11 +1371,12 @@ def pass_loader(
     """
     if batch < 1:
         raise DataError(f"--eval-batch {batch}: use 1 or more")
-    indices = (range(len(dataset)) if only is None else only)[rank::world]
+    indices = list(range(len(dataset))) if only is None else only
+    total = len(indices)
     if wrap:
         together = batch * world
-        total = -(-len(dataset) // together) * together
-        indices = [i % len(dataset) for i in range(rank, total, world)]
+        total = -(-total // together) * together
+    indices = [indices[i % len(indices)] for i in range(rank, total, world)]
     collate = _collate_of(dataset)
     if seed is not None:
         dataset, indices = SeededItems(dataset, seed[0]), [(seed[1], index) for index in indices]

@@ -65,7 +65,7 @@ from model import (
     load_checkpoint, load_published, make_folder, number, one_line_errors, read_file, start_process,
     write_file,
 )
-from routing import OPEN, Grid, fuse, pad_to_stride
+from routing import OPEN, Grid, fuse, nodes_per_layer, pad_to_stride
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,7 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--experts", type=Path, metavar="DIR",
         help="cut out the experts and one network for all, score them, export them to DIR (of several "
              "checkpoints: to a folder in it for each); with --figures draw routes, and scores over --keep")
-    add("--keep", type=number(float, 0, 1),
+    add("--keep", type=number(float, 0, 0.999),
         help="a path stays if more than this share of an expert's images open it; 0.01 by default")
     add("--cut-from", choices=data.SPLITS, help="the split whose images say what is open; train by default")
     add("--export-size", type=number(int, 32), nargs=2, metavar=("H", "W"),
@@ -116,7 +116,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=number(int, 0), default=workers, help="loader processes")
     add("--eval-batch", type=number(int, 1), help="images at a time; in segmentation of one size")
     arguments = parser.parse_args(argv)
-    arguments.checkpoint = list(dict.fromkeys(arguments.checkpoint))
+    different = {}  # by what they are, however they are written
+    for path in arguments.checkpoint:
+        different.setdefault(path.resolve(), path)
+    arguments.checkpoint = list(different.values())
     several = len(arguments.checkpoint) > 1
     if several and (arguments.image or arguments.predictions):
         parser.error("--image and --predictions take one checkpoint")
@@ -124,16 +127,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, flag) and not arguments.images:
             parser.error(f"--{flag}: goes with --images, the folder of the pictures")
     for flag in ("keep", "cut-from", "export-size", "onnx"):
-        if getattr(arguments, flag.replace("-", "_")) not in (None, False) and not arguments.experts:
+        value = getattr(arguments, flag.replace("-", "_"))
+        if value is not None and value is not False and not arguments.experts:
             parser.error(f"--{flag}: goes with --experts")
     if arguments.experts and (arguments.image or arguments.predictions or arguments.published):
         parser.error("--experts: does not go with --image, --predictions and --published")
-    if any(path.suffix == ".json" for path in arguments.checkpoint) and (several or not arguments.image):
-        parser.error(f"{arguments.checkpoint[0]}: a json is exported experts, which are for --image alone")
+    check_exported(parser, arguments)
     arguments.keep = 0.01 if arguments.keep is None else arguments.keep
     arguments.cut_from = arguments.cut_from or "train"
     arguments.table = several or arguments.published or arguments.format is not None
     return arguments
+
+
+def check_exported(parser: Parser, arguments: argparse.Namespace) -> None:
+    """What exported experts are for: --image alone."""
+    for path in arguments.checkpoint:
+        if path.suffix == ".pt2":
+            parser.error(f"{path}: an exported network; give the experts.json beside it, with --image")
+        if path.suffix == ".json" and (len(arguments.checkpoint) > 1 or not arguments.image):
+            parser.error(f"{path}: a json is exported experts, which are for --image alone")
+        for flag in ("variant", "dataset", "data", "limit", "predictions", "published", "format"):
+            if path.suffix == ".json" and getattr(arguments, flag):
+                parser.error(f"--{flag}: does not go with exported experts")
 
 
 # ============ one pass over a split ============
@@ -623,12 +638,8 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     dataset = open_split(arguments, checkpoint)
     result, save_result = measure(arguments, model, checkpoint, dataset, process)
     clusters = checkpoint["clusters"]
-    if model.dim and clusters is None:
-        if process.rank == 0:
-            print(f"{path}: has no centres: clustering this split instead", file=sys.stderr)
-        k = min(checkpoint["config"]["k"], len(result.A))
-        centers, labels, _ = kmeans(result.A, k)
-        clusters = Clusters(centers, labels, 0.0, labels.bincount(minlength=k).tolist())
+    if model.dim:
+        clusters = clusters_of(checkpoint, result.A, arguments.split if process.rank == 0 else None)
     run = describe_run(arguments, checkpoint, model, result, clusters)
     run.metrics |= result.metrics
     run.metrics["gflops"] = {count: spread(flops) for count, flops in result.flops.items()}
@@ -670,6 +681,17 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> RunResult:
     if written and not arguments.table:
         print("\n" + "\n".join(f"wrote {target}" for target in written))
     return run
+
+
+def clusters_of(checkpoint: dict, A: Tensor, split: str | None) -> Clusters:
+    """The clusters of a checkpoint or, where it has none, of A [N, D]; then a `split` is named on stderr."""
+    if checkpoint["clusters"] is not None:
+        return checkpoint["clusters"]
+    if split:
+        print(f"{checkpoint['path']}: has no centres: clustering {split} instead", file=sys.stderr)
+    k = min(checkpoint["config"]["k"], len(A))
+    centers, labels, _ = kmeans(A, k)
+    return Clusters(centers, labels, 0.0, labels.bincount(minlength=k).tolist())
 
 
 def describe_run(arguments, checkpoint: dict, model, result, clusters: Clusters | None) -> RunResult:
@@ -804,17 +826,8 @@ def print_recovery(recovered: dict) -> None:
 # ============ experts cut out as static networks ============
 
 COMMON = "one-for-all"
-KEEPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # where the figure over --keep has its points
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of --keep, where its figure has points
 TIMED = 20  # images whose seconds are measured
-
-
-@dataclass
-class Seen:
-    """What a pass over images tells of each of them."""
-
-    opened: Tensor  # bool [N, 1 + nodes, 3]: the paths that it opens
-    A: Tensor  # [N, D] what is clustered
-    pooled: Tensor  # [N, C] the stem's map, mean over its pixels
 
 
 @dataclass
@@ -834,32 +847,33 @@ class CutRun:
     routes: dict[str, Tensor]  # by name, expert-0 and so on, and one-for-all: bool [1 + nodes, 3]
     rows: dict[str, dict[str, float]]  # by network: the columns of the table
     experts: list[dict]  # of each: how many images, open paths, parameters, GFLOPs
-    sweep: dict[str, list[dict]]  # scores and GFLOPs over KEEPS; {} without --figures
+    sweep: dict[str, list[dict]]  # scores and GFLOPs over SHARES; {} without --figures
 
 
 class Bench:
-    """A split to run networks on: all of its images, or those that go to an expert."""
+    """A split to run networks on: on all of its images, or on those that go to an expert."""
 
     def __init__(self, arguments, checkpoint: dict, dataset, process: Process):
         self.arguments, self.checkpoint = arguments, checkpoint
         self.dataset, self.process = dataset, process
         self.segmentation = checkpoint["task"] == "segmentation"
-        self.known: dict[bytes, object] = {}  # results by route and images: sweeps repeat them
+        self.known: dict[bytes, Score] = {}  # by routes and images: cuts at other shares repeat them
 
     def loader(self, only: list[int] | None = None):
-        usual = self.dataset.eval_batch if self.segmentation else self.checkpoint["config"]["eval_batch"]
+        usual = self.dataset.eval_batch if self.segmentation else 1  # the gates of a detector see padding
         batch = self.arguments.eval_batch or usual
         return data.pass_loader(self.dataset, batch, self.arguments.workers, only=only)
 
-    def input(self, images):
+    def prepare(self, images):
         """A batch as the model takes it."""
         if self.segmentation:
             return data.normalize(images.to(self.process.device))
         return [data.as_float(image.to(self.process.device)) for image in images]
 
     @torch.no_grad()
-    def look(self, model) -> Seen:
-        """The routes of all images, without running the head."""
+    def look(self, model) -> tuple[Tensor, Tensor, Tensor]:
+        """A pass without the head -> of each image its open paths, bool [N, 1 + nodes, 3], what is clustered,
+        [N, D], and the stem's map, mean over its pixels, [N, C]."""
         network, opened, A, pooled = fuse(copy.deepcopy(model).eval()), [], [], []
 
         def pool(module, inputs, out):
@@ -867,34 +881,43 @@ class Bench:
 
         network.backbone.stem.register_forward_hook(pool)
         for images, _, _ in tqdm(self.loader(), "looking at routes", leave=False):
-            routes = network.routes(self.input(images))
+            routes = network.routes(self.prepare(images))
             opened.append((routes.alpha > OPEN).cpu())
             A.append(routes.activations(gate_space(self.checkpoint)).cpu())
-        return Seen(torch.cat(opened), torch.cat(A), torch.cat(pooled))
+        return torch.cat(opened), torch.cat(A), torch.cat(pooled)
+
+    @torch.no_grad()
+    def dispatch(self, model, dispatcher: Dispatcher) -> Tensor:
+        """[N] the expert that the dispatcher sends each image to."""
+        dispatcher, sent = fuse(copy.deepcopy(dispatcher)), []
+        for images, _, _ in tqdm(self.loader(), "dispatching", leave=False):
+            sent.append(dispatcher(as_batch(model, self.prepare(images))).argmax(1).cpu())
+        return torch.cat(sent)
 
     def run(self, model, only: Tensor | None = None):
         """A pass of evaluation over the images whose indices are `only` [n], or over all."""
-        loader = self.loader(None if only is None else only.tolist())
+        loader, space = self.loader(None if only is None else only.tolist()), gate_space(self.checkpoint)
         if self.segmentation:
-            return evaluate_segmentation(model, loader, len(self.checkpoint["classes"]), self.process)
-        return evaluate_detection(model, loader, self.dataset, self.process)
+            return evaluate_segmentation(model, loader, len(self.checkpoint["classes"]), self.process, space)
+        return evaluate_detection(model, loader, self.dataset, self.process, space)
 
     def run_sent(self, networks: list, sent: Tensor) -> Score:
         """Each image by the network that `sent` [N] names."""
+        routes = torch.stack([network.backbone.route for network in networks]).cpu()
+        key = routes.numpy().tobytes() + sent.numpy().tobytes()
+        if key in self.known:
+            return self.known[key]
         results, flops, sizes = [], {}, torch.zeros(len(sent), 2, dtype=torch.int64)
         for j, network in enumerate(networks):
             index = (sent == j).nonzero().flatten()
             if len(index) == 0:
                 continue
-            key = bytes(network.backbone.route.flatten().tolist()) + index.numpy().tobytes()
-            if key not in self.known:
-                self.known[key] = self.run(network, index)
-            results.append(self.known[key])
+            results.append(self.run(network, index))
             sizes[index] = results[-1].sizes
             for count, values in results[-1].flops.items():
-                of_all = flops.setdefault(count, torch.zeros(len(sent), dtype=torch.int64))
-                of_all[index] = values.cpu()
-        return Score(self.score(results), flops, sizes)
+                flops.setdefault(count, torch.zeros(len(sent), dtype=torch.int64))[index] = values.cpu()
+        self.known[key] = Score(self.score(results), flops, sizes)
+        return self.known[key]
 
     def score(self, results: list) -> dict[str, float]:
         """Scores in % of passes over parts of the split that make up the whole; {} without labels."""
@@ -915,29 +938,41 @@ class Bench:
         times = {name: [] for name in calls}
         count = min(TIMED, len(self.dataset))
         chosen = [n * len(self.dataset) // count for n in range(count)]
-        for turn, i in enumerate([chosen[0], *chosen]):  # the first to warm up
+        for i in [*chosen, *chosen]:  # once to warm up
             image = self.dataset[i][0]
-            x = self.input(image[None] if self.segmentation else [image])
+            x = self.prepare(image[None] if self.segmentation else [image])
             for name, call in calls.items():
+                wait_for(self.process.device)
                 start = time.perf_counter()
                 call(i, x)
-                if self.process.device.type != "cpu":
-                    torch.accelerator.synchronize()
-                if turn:
-                    times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(values) for name, values in times.items()}
+                wait_for(self.process.device)
+                times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(values[count:]) for name, values in times.items()}
 
 
-def cut_routes(opened: Tensor, labels: Tensor, k: int, keep: float) -> dict[str, Tensor]:
-    """By name, the paths that more than a share `keep` of an expert's images open, and of all images.
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def as_batch(model, images) -> Tensor:
+    """What `Bench.prepare` gives, as the stem sees it: [B, 3, H, W], padded."""
+    if isinstance(images, Tensor):
+        return pad_to_stride(images, model.backbone.stride)
+    return model.prepare(images)[0].tensors
+
+
+def cut_routes(opened: Tensor, labels: Tensor, k: int, share: float) -> dict[str, Tensor]:
+    """By name, the paths that more than a share of an expert's images open, and of all images.
 
     opened: bool [N, 1 + nodes, 3]; labels: [N] experts. An expert that has no image gets the route of all.
     """
-    common = opened.double().mean(0) > keep
+    common = opened.double().mean(0) > share
     routes = {}
     for j in range(k):
         own = opened[labels == j]
-        routes[f"expert-{j}"] = own.double().mean(0) > keep if len(own) else common
+        routes[f"expert-{j}"] = own.double().mean(0) > share if len(own) else common
     return routes | {COMMON: common}
 
 
@@ -949,73 +984,88 @@ def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> 
     size = export_size(arguments, model.backbone.stride)
     bench = Bench(arguments, checkpoint, open_split(arguments, checkpoint), process)
     source = Bench(arguments, checkpoint, open_split(arguments, checkpoint, arguments.cut_from), process)
-    training, here = source.look(model), bench.look(model)
-    clusters = checkpoint["clusters"]
-    if clusters is None:
-        print(f"{path}: has no centres: clustering {arguments.cut_from} instead", file=sys.stderr)
-        centers, labels, _ = kmeans(training.A, min(checkpoint["config"]["k"], len(training.A)))
-        clusters = Clusters(centers, labels, 0.0, labels.bincount().tolist())
-    k, cut_from, own = len(clusters.centers), clusters.nearest(training.A)[0], clusters.nearest(here.A)[0]
-    decide = fit_dispatcher(training.pooled, cut_from, k)
-    dispatcher = Dispatcher(model.backbone.stem, decide).to(process.device).eval()
-    routes = cut_routes(training.opened, cut_from, k, arguments.keep)
+    opened, A, pooled = source.look(model)
+    clusters = clusters_of(checkpoint, A, arguments.cut_from)
+    k, labels = len(clusters.centers), clusters.nearest(A)[0]
+    routes = cut_routes(opened, labels, k, arguments.keep)
     fixed = {name: model.cut(route) for name, route in routes.items()}
+    dispatcher = Dispatcher(model.backbone.stem, fit_dispatcher(pooled, labels, k)).to(process.device).eval()
 
     routed = bench.run(model)
     run = describe_run(arguments, checkpoint, model, routed, clusters)
-    rows = compare_networks(bench, model, routed, fixed, dispatcher, own, decide(here.pooled).argmax(1))
+    rows = compare_networks(bench, run, model, fixed, dispatcher)
     experts = []
     for j in range(k):
         network = fixed[f"expert-{j}"]
         experts.append({
-            "images": int((own == j).sum()), "images it was cut from": int((cut_from == j).sum()),
+            "images": int((run.labels == j).sum()), "images it was cut from": int((labels == j).sum()),
             "open paths": int(routes[f"expert-{j}"].sum()), "parameters": count_parameters(network),
             "gflops": network_gflops(network, routed.sizes[0].tolist()),
+            "gflops_at": routed.sizes[0].tolist(),
         })
     cut = CutRun(run, routes, rows, experts, {})
     if arguments.figures:
-        cut.sweep = sweep_keep(bench, model, training.opened, cut_from, own, k)
+        cut.sweep = sweep_shares(bench, run, model, opened, labels)
     print_cut(arguments, cut)
     write_experts(arguments, cut, fixed, dispatcher, size)
     return cut
 
 
 def compare_networks(
-    bench: Bench, model, routed, fixed: dict, dispatcher: Dispatcher, own: Tensor, sent: Tensor
+    bench: Bench, run: RunResult, model, fixed: dict, dispatcher: Dispatcher
 ) -> dict[str, dict[str, float]]:
     """The rows of the table, by network: scores, mean GFLOPs by count, parameters, seconds.
 
-    routed: what `model` gave. own, sent: [N] the expert of each image by its A(x), and by the dispatcher.
+    run: what the routed `model` gave; fixed: the networks cut out of it.
     """
     experts = [network for name, network in fixed.items() if name != COMMON]
-    by_A, dispatched = f"{len(experts)} experts, by A(x)", f"{len(experts)} experts, dispatched"
-    results = {
-        "routed network": Score(bench.score([routed]), routed.flops, routed.sizes),
-        "one for all": bench.run_sent([fixed[COMMON]], torch.zeros_like(own)),
-        by_A: bench.run_sent(experts, own),
-        dispatched: bench.run_sent(experts, sent),
-    }
-    for count, flops in results[dispatched].flops.items():  # the stem runs once more
-        sizes = [[800, 800]] if "800" in count else results[dispatched].sizes.tolist()
-        flops += torch.tensor([model.backbone.costs(*size, count.split()[0]).stem for size in sizes])
+    own, sent, routed = run.labels, bench.dispatch(model, dispatcher), run.result
     together = sum(map(count_parameters, experts))
-    parameters = {
-        "routed network": count_parameters(model), "one for all": count_parameters(fixed[COMMON]),
-        by_A: together, dispatched: together + count_parameters(dispatcher),
-    }
+    of_routed = Score(bench.score([routed]), routed.flops, routed.sizes)
+    of_common = bench.run_sent([fixed[COMMON]], torch.zeros_like(own))
+    by_A, dispatched = bench.run_sent(experts, own), bench.run_sent(experts, sent)
+    flops = {}  # the stem runs once more
+    for count, values in dispatched.flops.items():
+        flops[count] = values + stem_cost(model, dispatched.sizes, count)
+    dispatched = dataclasses.replace(dispatched, flops=flops)
     calls = timed_calls(model, fixed[COMMON], experts, dispatcher, own)
-    seconds = bench.seconds(dict(zip(results, calls)))
+    seconds = bench.seconds(calls)
     rows = {}
-    for name, result in results.items():
+    for name, result, parameters, call in [
+        ("routed network", of_routed, count_parameters(model), "routed"),
+        (COMMON, of_common, count_parameters(fixed[COMMON]), COMMON),
+        (f"{len(experts)} experts, by A(x)", by_A, together, "by A"),
+        (f"{len(experts)} experts, dispatched", dispatched, together + count_parameters(dispatcher), "sent"),
+    ]:
         gflops = {f"GFLOPs {count}": mean_gflops(values) for count, values in result.flops.items()}
-        size = {"parameters M": parameters[name] / 1e6, "s/image": seconds[name]}
-        rows[name] = result.scores | gflops | size
-    rows[dispatched]["as A(x) %"] = 100 * (sent == own).double().mean().item()
+        rows[name] = result.scores | gflops | {"parameters M": parameters / 1e6, "s/image": seconds[call]}
+    rows[name]["as A(x) %"] = 100 * (sent == own).double().mean().item()
     return rows
+
+
+def timed_calls(model, common, experts: list, dispatcher: Dispatcher, own: Tensor) -> dict:
+    """For `Bench.seconds`: the four networks of the table, with batch norm folded."""
+    model, common, dispatcher = (fuse(copy.deepcopy(net).eval()) for net in (model, common, dispatcher))
+    experts = [fuse(copy.deepcopy(expert).eval()) for expert in experts]
+
+    def send(i, x):
+        return experts[dispatcher(as_batch(model, x)).argmax(1).item()](x)
+
+    return {
+        "routed": lambda i, x: model(x), COMMON: lambda i, x: common(x),
+        "by A": lambda i, x: experts[own[i]](x), "sent": send,
+    }
 
 
 def count_parameters(network) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def stem_cost(model, sizes: Tensor, count: str) -> Tensor:
+    """[N] multiply-adds of the stem on images of these sizes [N, 2]."""
+    kind, *fixed_size = count.split(" at ")  # of detectors, also "paper at 800x800"
+    at = [[800, 800]] * len(sizes) if fixed_size else sizes.tolist()
+    return torch.tensor([model.backbone.costs(*size, kind).stem for size in at])
 
 
 def network_gflops(network, size: list[int]) -> dict[str, float]:
@@ -1024,28 +1074,19 @@ def network_gflops(network, size: list[int]) -> dict[str, float]:
     return {count: sum(parts.values()).item() / 1e9 for count, parts in costs.items()}
 
 
-def timed_calls(model, common, experts: list, dispatcher: Dispatcher, own: Tensor) -> list:
-    """For `Bench.seconds`: the four networks of the table, in its order, with batch norm folded."""
-    model, common, dispatcher = (fuse(copy.deepcopy(net).eval()) for net in (model, common, dispatcher))
-    experts = [fuse(copy.deepcopy(expert).eval()) for expert in experts]
-
-    def dispatched(i, x):
-        images = x if isinstance(x, Tensor) else model.prepare(x)[0].tensors
-        images = pad_to_stride(images, model.backbone.stride).contiguous(memory_format=torch.channels_last)
-        return experts[dispatcher(images).argmax(1).item()](x)
-
-    return [lambda i, x: model(x), lambda i, x: common(x), lambda i, x: experts[own[i]](x), dispatched]
-
-
-def sweep_keep(
-    bench: Bench, model, opened: Tensor, cut_from: Tensor, own: Tensor, k: int
+def sweep_shares(
+    bench: Bench, run: RunResult, model, opened: Tensor, labels: Tensor
 ) -> dict[str, list[dict]]:
-    """Scores and GFLOPs of the experts, by A(x), and of the one for all, cut at each of KEEPS."""
+    """Scores and GFLOPs of the experts, by A(x), and of the one for all, cut at each of SHARES.
+
+    opened, labels: of the images that the routes are cut from, as in `cut_routes`.
+    """
     sweep = {"experts": [], COMMON: []}
-    for share in KEEPS:
-        fixed = {name: model.cut(route) for name, route in cut_routes(opened, cut_from, k, share).items()}
-        common = bench.run_sent([fixed.pop(COMMON)], torch.zeros_like(own))
-        for name, result in {"experts": bench.run_sent([*fixed.values()], own), COMMON: common}.items():
+    for share in SHARES:
+        routes = cut_routes(opened, labels, len(run.clusters.centers), share)
+        fixed = {name: model.cut(route) for name, route in routes.items()}
+        common = bench.run_sent([fixed.pop(COMMON)], torch.zeros_like(run.labels))
+        for name, result in (("experts", bench.run_sent([*fixed.values()], run.labels)), (COMMON, common)):
             gflops = mean_gflops(result.flops[table_count(result.flops)])
             sweep[name].append({"keep": share, "GFLOPs": gflops, **result.scores})
     return sweep
@@ -1053,8 +1094,9 @@ def sweep_keep(
 
 def print_cut(arguments: argparse.Namespace, cut: CutRun) -> None:
     """What each expert is."""
-    run = cut.run
-    lines = [f"{run.checkpoint['path']}: {run.variant}, experts cut from {arguments.cut_from}"]
+    run, (height, width) = cut.run, cut.run.result.sizes[0].tolist()
+    words = f"cut from {arguments.cut_from}; GFLOPs at {width}x{height}"
+    lines = [f"{run.checkpoint['path']}: {run.variant}, {words}"]
     counts = list(cut.experts[0]["gflops"])
     titles = "".join(f"{f'GFLOPs {count}':>16}" for count in counts)
     lines.append(f"{'':14}{'cut from':>10}{arguments.split:>8}{'paths':>8}{'parameters':>12}{titles}")
@@ -1062,29 +1104,32 @@ def print_cut(arguments: argparse.Namespace, cut: CutRun) -> None:
     for j, expert in enumerate(cut.experts):
         gflops = "".join(f"{expert['gflops'][count]:16.{places}f}" for count in counts)
         numbers = f"{expert['images it was cut from']:10d}{expert['images']:8d}{expert['open paths']:8d}"
-        lines.append(f"{f'expert {j}':14}{numbers}{expert['parameters']:12,d}{gflops}")
+        words = "" if expert["images it was cut from"] else "   no image to cut it from: the route of all"
+        lines.append(f"{f'expert {j}':14}{numbers}{expert['parameters']:12,d}{gflops}{words}")
     print("\n".join(lines) + "\n", file=sys.stderr if arguments.format else sys.stdout)
 
 
 def cut_table(cuts: list[CutRun]) -> list[list[str]]:
     """Header and rows as text: for each setting its four networks, mean ± deviation over seeds."""
     by_run = {id(cut.run): cut for cut in cuts}
-    rows = []  # the first two cells, the numbers of each seed
+    rows = []  # the first two cells, and the numbers of each seed
     for setting in group_runs([cut.run for cut in cuts]):
         mine = [by_run[id(run)] for run in setting.runs]
         for name in mine[0].rows:
             rows.append((setting.label, name, [cut.rows[name] for cut in mine if name in cut.rows]))
     columns = list(dict.fromkeys(column for _, _, seeds in rows for row in seeds for column in row))
     table = [["Method", "Network", *columns, "Seeds"]]
+    places = {}
+    for column in columns:
+        values = [row[column] for _, _, seeds in rows for row in seeds if column in row]
+        places[column] = 2 if column in SCORES else digits(values)
     for label, name, seeds in rows:
         cells = []
         for column in columns:
-            values = [row[column] for row in seeds if row.get(column) is not None]
-            all_values = [row[column] for _, _, of_all in rows for row in of_all if row.get(column)]
-            places = 2 if column in SCORES else digits(all_values)
-            cells.append("–" if not values else f"{statistics.mean(values):.{places}f}")
+            values = [row[column] for row in seeds if column in row]
+            cells.append(f"{statistics.mean(values):.{places[column]}f}" if values else "–")
             if len(values) > 1:
-                cells[-1] += f" ± {statistics.stdev(values):.{places}f}"
+                cells[-1] += f" ± {statistics.stdev(values):.{places[column]}f}"
         table.append([label, name, *cells, str(len(seeds))])
     return table
 
@@ -1100,42 +1145,24 @@ def export_size(arguments: argparse.Namespace, stride: int) -> tuple[int, int] |
     return size and tuple(size)
 
 
-def export_program(network, stride: int, least: int, size: tuple[int, int] | None):
-    """torch.export of a network for any batch, and for `size` or all multiples of `stride` from `least` on.
-
-    Returns the program and an example of its input.
-    """
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    shape, shapes = (2, 3, *(size or (least, least + stride))), {0: batch}
-    if size is None:
-        names = ("height", "width")
-        height, width = (torch.export.Dim(name, min=least // stride, max=4096) for name in names)
-        shapes |= {2: stride * height, 3: stride * width}
-    example = torch.zeros(shape)
-    with torch.no_grad():
-        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,))
-    for module in program.graph_module.modules():  # lines of code, and paths of this machine
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta = {name: value for name, value in node.meta.items() if name == "val"}
-    program._example_inputs = None
-    return program, example
-
-
 def write_experts(
     arguments, cut: CutRun, fixed: dict, dispatcher: Dispatcher, size: tuple[int, int] | None
 ) -> None:
     """Writes NAME.pt2 of each network, and with --onnx NAME.onnx, and experts.json."""
-    checkpoint, backbone = cut.run.checkpoint, fixed[COMMON].backbone
-    folder, stride = arguments.expert_folders[checkpoint["path"]], backbone.stride
-    least = (8 if backbone.gate == "small" else 2) * stride  # with less a shrunk map has a single row
-    first = cut.run.result.sizes[0].tolist()
-    if size is None and min(first) <= least - stride:
-        size = tuple(side + -side % stride for side in first)
+    run, backbone = cut.run, fixed[COMMON].backbone
+    folder, stride = arguments.expert_folders[run.checkpoint["path"]], backbone.stride
+    # torch.export takes a size of 1 for a constant: the smallest map that a gate sees must have two rows.
+    least = (8 if backbone.gate == "small" else 2) * stride
+    padded = run.result.sizes + -run.result.sizes % stride
+    if size is None and padded.min() < least and (padded == padded[0]).all():
+        size = tuple(padded[0].tolist())
     networks = {name: Exportable(network) for name, network in fixed.items()} | {"dispatcher": dispatcher}
     outputs = {"dispatcher": ["scores"]}
-    if cut.run.task == "segmentation":
+    if run.task == "segmentation":
         outputs |= {name: ["logits"] for name in fixed}
-    written = 0
+    written, before = 0, [*folder.glob("expert-*.pt2"), *folder.glob("*.onnx")]
+    for path in before:  # of another export: they would not fit what is written now
+        path.unlink()
     for name, network in tqdm(networks.items(), "exporting", leave=False):
         network = fuse(copy.deepcopy(network).cpu().eval())
         with warnings.catch_warnings():
@@ -1146,21 +1173,45 @@ def write_experts(
                 write = functools.partial(write_onnx, program, example, outputs.get(name))
                 written += keep(folder / f"{name}.onnx", write)
     contents = {
-        "task": cut.run.task, "run": cut.run.name, "variant": cut.run.variant, "split": arguments.split,
+        "task": run.task, "run": run.name, "variant": run.variant, "split": arguments.split,
         "keep": arguments.keep, "cut_from": arguments.cut_from,
         "layers": len(backbone.nodes_per_layer), "stride": stride, "least": least, "size": size,
-        "normalization": {"mean": data.MEAN, "std": data.STD}, "classes": checkpoint["classes"],
-        "palette": checkpoint["palette"], "experts": cut.experts, "table": cut.rows,
+        "normalization": {"mean": data.MEAN, "std": data.STD}, "classes": run.checkpoint["classes"],
+        "palette": run.checkpoint["palette"], "experts": cut.experts, "table": cut.rows,
         "routes": {name: route.int().tolist() for name, route in cut.routes.items()},
-        "centers": cut.run.clusters.centers.tolist(),
+        "centers": run.clusters.centers.tolist(), "over_keep": cut.sweep,
     }
     written += keep(folder / "experts.json", json_writer(contents))
-    if cut.run.task == "detection":
+    if run.task == "detection":
         words = "torchvision's heads are not exported: a file is the pyramid, from images to P2 ... P6"
         print(words, file=sys.stderr)
-    sizes = f"height and width multiples of {stride}, at least {least}"
-    sizes = "{0}x{1} alone (--export-size)".format(*size) if size else sizes
-    print(f"wrote {written} files to {folder}, for any batch, {sizes}", file=sys.stderr)
+    sizes = f"and any height and width that are multiples of {stride}, at least {least}"
+    if size:
+        why = "as asked for" if arguments.export_size else f"for the images are smaller than {least}"
+        sizes = f"of {size[1]}x{size[0]} pixels alone, {why}; --export-size takes another"
+    print(f"wrote {written} files to {folder}, for any batch {sizes}", file=sys.stderr)
+
+
+def export_program(network, stride: int, least: int, size: tuple[int, int] | None):
+    """torch.export of a network for any batch, and for `size` or all multiples of `stride` from `least` on.
+
+    Returns the program, for the CPU, and an example of its input.
+    """
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shape, shapes = (2, 3, *(size or (least, least + stride))), {0: batch}
+    if size is None:
+        names = ("height", "width")
+        height, width = (torch.export.Dim(name, min=least // stride, max=4096) for name in names)
+        shapes |= {2: stride * height, 3: stride * width}
+    example = torch.zeros(shape)
+    with torch.no_grad():
+        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            # Without stack traces, which hold our lines of code and this machine's paths.
+            node.meta = {name: value for name, value in node.meta.items() if name == "val"}
+    program._example_inputs = None
+    return program, example
 
 
 def write_onnx(program, example: Tensor, outputs: list[str] | None, file) -> None:
@@ -1168,21 +1219,34 @@ def write_onnx(program, example: Tensor, outputs: list[str] | None, file) -> Non
     names = dict(input_names=["images"], output_names=outputs)
     with contextlib.redirect_stdout(io.StringIO()):
         converted = torch.onnx.export(program, (example,), dynamo=True, verbose=False, **names)
+    for node in converted.model_proto.graph.node:
+        del node.metadata_props[:]  # where it came from
     file.write(converted.model_proto.SerializeToString())
 
 
+# What lies in a .pt2 that holds a graph and tensors alone, by the formats of torch 2.6 and after.
+HARMLESS = re.compile(
+    r"(.*/)?(models/\w+\.json|data/(weights|constants)/((weight|tensor)_\d+|\w+_config\.json)|\w+\.json"
+    r"|data/sample_inputs/\w+\.pt|serialized_\w+\.pt|version|byteorder|archive_\w+|\.data/\w+|\.format/\w+)")
+
+
 def check_program(path: Path) -> None:
-    """Raises InputError where a file is no exported network, or one that torch would have to unpickle."""
+    """Raises InputError where a file is no exported network, or holds what torch would have to unpickle."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
+            names = archive.namelist()
+            if len(set(names)) < len(names) or not all(map(HARMLESS.fullmatch, names)):
+                raise ValueError
+            for name in names:
                 content = archive.read(name)
                 if name.endswith(".pt") and content:  # where this fails torch would unpickle anything
                     torch.load(io.BytesIO(content), weights_only=True)
-                if "custom_obj" in name or name.endswith(".json") and b'"use_pickle": true' in content:
-                    raise ValueError
+                if name.endswith("_config.json"):
+                    entries = json.loads(content)["config"].values()
+                    if any(entry.get("use_pickle") is not False for entry in entries):
+                        raise ValueError
     except Exception as error:  # of damaged archives torch raises anything
-        unreadable = "no exported network, or damaged, or it holds code, which is never run"
+        unreadable = "no exported network, or damaged, or with pickled objects, which are never read"
         reason = "no such file" if isinstance(error, FileNotFoundError) else unreadable
         raise InputError(f"{path}: {reason}; wanted is what evaluate.py --experts wrote") from None
 
@@ -1232,7 +1296,6 @@ class Viewer:
             image = write_on(image, texts, boxes[:, :2].tolist())
         return out, image
 
-
     def describe(self, image: Tensor) -> Shown:
         """One image uint8 [3, H, W], shown; see `predict`."""
         checkpoint, model = self.checkpoint, self.model
@@ -1248,57 +1311,91 @@ class Viewer:
         return Shown(image, overlay, words, grid_of(model), out.A[0].cpu() if model.dim else None)
 
 
+def read_experts(path: Path) -> dict:
+    """What `write_experts` wrote about its files. Raises InputError for anything else."""
+    try:
+        about = json.loads(path.read_text())
+        task, layers, size = about["task"], about["layers"], about["size"]
+        names = {f"expert-{j}" for j in range(len(about["experts"]))} | {COMMON}
+        scales = 4 if task == "segmentation" else 5
+        shape = torch.Size([1 + sum(nodes_per_layer(min(layers, 1000), scales)), 3])
+        routes = [torch.tensor(about["routes"][name]) for name in names]
+        numbers = torch.tensor([about["normalization"][name] for name in ("mean", "std")])
+        palette = torch.tensor(about["palette"], dtype=torch.uint8)
+        fits = len(names) > 1 and about["routes"].keys() == names
+        fits &= all(route.shape == shape for route in routes) and numbers.shape == (2, 3)
+        fits &= palette.shape == (len(about["classes"]), 3) and about["stride"] >= 32 and about["least"] > 0
+        fits &= size is None or [type(side) for side in size] == [int, int]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; evaluate.py --experts writes an experts.json") from None
+    except Exception:  # a json can hold anything
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: no experts.json, as evaluate.py --experts writes it")
+    if task != "segmentation":
+        words = "of a detector, whose heads are not exported; --image takes its checkpoint"
+        raise InputError(f"{path}: {words}")
+    return about
+
+
 class ExpertViewer:
     """Shows what exported experts predict: each image by the one that the dispatcher sends it to."""
 
     def __init__(self, arguments: argparse.Namespace, process: Process):
         path = arguments.checkpoint[0]
-        self.device, self.files, self.loaded = process.device, {}, {}
-        try:
-            self.about = json.loads(path.read_text())
-            needed = {"task", "routes", "experts", "classes", "palette", "layers", "stride", "least", "size"}
-            if not needed <= self.about.keys():
-                raise ValueError
-            routes = {name: torch.tensor(route).float() for name, route in self.about["routes"].items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            raise InputError(f"{path}: no experts.json, as --experts writes it") from None
-        if self.about["task"] != "segmentation":
-            words = "of a detector, whose heads are not exported; --image takes its checkpoint"
-            raise InputError(f"{path}: {words}")
-        self.routes = {name: route[1:].flatten() for name, route in routes.items()}
+        self.device, self.about, self.files, self.loaded = process.device, read_experts(path), {}, {}
+        with torch.device("meta"):
+            self.grid = grid_of_backbone(Grid(self.about["layers"], width=2, gate=None))
         for name in ["dispatcher", *(f"expert-{j}" for j in range(len(self.about["experts"])))]:
             self.files[name] = path.with_name(f"{name}.pt2")
             check_program(self.files[name])
-        with torch.device("meta"):
-            self.grid = grid_of_backbone(Grid(self.about["layers"], 2, None))
 
-    def run(self, name: str, images: Tensor) -> Tensor:
+    def run(self, name: str, images: Tensor, wanted: tuple[int, ...]) -> Tensor:
+        """What an exported network gives. Raises InputError where it is not of the shape that is wanted."""
+        path = self.files[name]
         if name not in self.loaded:
             try:
-                self.loaded[name] = torch.export.load(self.files[name]).module().to(self.device)
+                program = torch.export.load(path)
+                if self.device.type != "cpu":
+                    from torch.export.passes import move_to_device_pass
+
+                    program = move_to_device_pass(program, str(self.device))
+                self.loaded[name] = program.module()
             except Exception:  # whatever torch stumbles on
-                raise InputError(f"{self.files[name]}: cannot be loaded; export it with this torch") from None
-        return self.loaded[name](images)
+                raise InputError(f"{path}: cannot be loaded; export it with this torch") from None
+        try:
+            out = self.loaded[name](images)
+        except RuntimeError as error:
+            if re.search("out of memory|allocate memory", str(error)):
+                raise
+            out = None
+        if getattr(out, "shape", None) != wanted:
+            raise InputError(f"{path}: does not go with its experts.json; export both again")
+        return out
 
     @torch.no_grad()
     def describe(self, image: Tensor) -> Shown:
         """One image uint8 [3, H, W], shown. Raises InputError for a size that the experts do not take."""
         about, (height, width) = self.about, image.shape[-2:]
-        padded = pad_to_stride(data.normalize(image[None].to(self.device)), about["stride"])
+        numbers = (about["normalization"][name] for name in ("mean", "std"))
+        mean, std = (torch.tensor(channels, device=self.device)[:, None, None] for channels in numbers)
+        padded = pad_to_stride((data.as_float(image[None].to(self.device)) - mean) / std, about["stride"])
         size, least = tuple(padded.shape[-2:]), about["least"]
         if about["size"] and size != tuple(about["size"]):
             fits = "{1}x{0}".format(*about["size"])
             raise InputError(f"{width}x{height} pixels; exported for {fits} alone, see --export-size")
         if not about["size"] and min(size) < least:
             raise InputError(f"{width}x{height} pixels; the experts take at least {least} a side")
-        expert = self.run("dispatcher", padded).argmax(1).item()
-        logits = self.run(f"expert-{expert}", padded)[0, :, :height, :width]
-        masks = logits.argmax(0).cpu() == torch.arange(len(about["classes"]))[:, None, None]
-        overlay = draw_segmentation_masks(
-            image, masks, alpha=0.5, colors=[tuple(color) for color in about["palette"]])
+        experts, classes = len(about["experts"]), len(about["classes"])
+        expert = self.run("dispatcher", padded, (1, experts)).argmax(1).item()
+        logits = self.run(f"expert-{expert}", padded, (1, classes, *size))[0, :, :height, :width]
+        masks = logits.argmax(0).cpu() == torch.arange(classes)[:, None, None]
+        colors = [tuple(color) for color in about["palette"]]
+        overlay = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
         overlay = write_on(overlay, [f"expert {expert}"], [(2, 2)])
-        words = f"expert {expert} of {len(about['experts'])}, by the dispatcher"
-        return Shown(image, overlay, words, self.grid, self.routes[f"expert-{expert}"])
+        words = f"expert {expert} of {experts}, by the dispatcher"
+        route = torch.tensor(about["routes"][f"expert-{expert}"])[1:].flatten().float()
+        return Shown(image, overlay, words, self.grid, route)
 
 
 def draw_objects(checkpoint: dict, image: Tensor, boxes, classes, masks=None, opacity: float = 0.5) -> Tensor:
@@ -1515,6 +1612,8 @@ def setting_name(key: str) -> str:
 def show_value(value) -> str:
     if value is None:
         return "–"
+    if isinstance(value, str):
+        return "/".join(Path(value).parts[-2:])  # of a path what tells most
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -1850,16 +1949,19 @@ def draw_keep(cuts: list[CutRun]):
     columns.append("GFLOPs")
     figure, axes = new_figure(PAGE, 2.9, 1, len(columns))
     for ax, column in zip(axes.flat, columns):
-        for j, setting in enumerate(group_runs([cut.run for cut in cuts])):
+        settings = group_runs([cut.run for cut in cuts])
+        for j, setting in enumerate(settings):
             mine = [by_run[id(run)] for run in setting.runs]
+            aside = 0.08 * (j - (len(settings) - 1) / 2)  # bars of several settings stand beside each other
             for name, dashes in (("experts", "-"), (COMMON, "--")):
                 lines = [[row[column] for row in cut.sweep[name]] for cut in mine]
-                mean = [statistics.mean(values) for values in zip(*lines)]
-                spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in zip(*lines)]
+                mean = [statistics.mean(seeds) for seeds in zip(*lines)]
+                deviation = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in zip(*lines)]
                 label = f"{setting.label}, {'K experts' if name == 'experts' else 'one for all'}"
                 style = dict(color=COLORS[j % len(COLORS)], marker=MARKERS[j % len(MARKERS)], ls=dashes)
-                ax.errorbar(range(len(KEEPS)), mean, spread, label=label, ms=3.5, capsize=2, **style)
-        ax.set_xticks(range(len(KEEPS)), [f"{100 * share:g}" for share in KEEPS])
+                x = [place + aside for place in range(len(SHARES))]
+                ax.errorbar(x, mean, deviation, label=label, ms=3.5, capsize=2, elinewidth=0.8, **style)
+        ax.set_xticks(range(len(SHARES)), [f"{100 * share:g}" for share in SHARES])
         where = f", {cuts[0].run.metrics['dataset']} {cuts[0].run.metrics['split']}"
         unit = f"{column} per image" if column == "GFLOPs" else f"{column}, %"
         ax.set(xlabel="keep, % of an expert's images", ylabel=unit + where)
@@ -2226,7 +2328,7 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
     if arguments.variant:
         wanted = "a checkpoint of Dynamic Routing's authors"
     for path in arguments.checkpoint:
-        if not path.is_file():
+        if not path.is_file() and path.suffix != ".json":
             read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
         report(arguments, process)
@@ -2271,7 +2373,11 @@ def report_experts(arguments: argparse.Namespace, process: Process) -> None:
         for package in ("onnx", "onnxscript"):
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"--onnx: needs the package {package}: pip install onnx onnxscript")
-    cuts = [cut_experts(arguments, path, process) for path in arguments.checkpoint]
+    cuts = []
+    for path in arguments.checkpoint:
+        cuts.append(cut_experts(arguments, path, process))
+        if cuts[-1].run.task != cuts[0].run.task:
+            raise InputError(f"--experts: {path} is of another task than the checkpoints before it")
     print(render(cut_table(cuts), arguments.format or "text"))
     first = cuts[0].run.metrics
     note = f"On {first['dataset']} {arguments.split}, {first['images']} images; GFLOPs: mean per image, the "
@@ -2280,7 +2386,9 @@ def report_experts(arguments: argparse.Namespace, process: Process) -> None:
     note += f"on {process.device}; by A(x): the routed network that says where an image goes is not counted."
     print(("% " if arguments.format == "latex" else "\n") + note)
     if arguments.figures:
-        for cut in cuts:
+        for i, cut in enumerate(cuts):
+            if cut.run.name in [other.run.name for other in cuts[:i]]:
+                cut.run.name = f"{cut.run.name}-{i + 1}"
             save_figure(draw_cut(cut), arguments.figures, f"cut-{cut.run.name}")
         save_figure(draw_keep(cuts), arguments.figures, "keep")
 

@@ -87,6 +87,8 @@ def print_cost(argv: list[str]) -> None:
     add("--classes", type=number(int, 1), help="classes of the head; by default 19, in detection 80")
     add_network(add)
     arguments = parser.parse_args(argv)
+    if arguments.route and arguments.task == "detection":
+        parser.error("--route: is of segmentation; leave --task out")
     if arguments.route and arguments.variant is None:
         arguments.variant = "fixed-route"
     if arguments.variant is None:
@@ -107,7 +109,10 @@ def print_cost(argv: list[str]) -> None:
     costs = {count: model.real_cost(routes, height, width, count) for count in model.counts}
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{height}x{width}, {classes} classes, {parameters:,} parameters"
-    print(f"{arguments.route or arguments.variant}, {size}" + "; all gates open" * (routes is not None))
+    if routes is None:
+        print(f"{arguments.route or arguments.variant}, {size}")
+    else:
+        print(f"{arguments.variant}, {size}; all gates open")
     print(f"{'G multiply-adds':16}" + "".join(f"{count:>12}" for count in costs))
     rows = {part: [cost[part].item() for cost in costs.values()] for part in costs[model.counts[0]]}
     rows["sum"] = [sum(parts) for parts in zip(*rows.values())]
@@ -221,7 +226,7 @@ def in_cuda_graph(network, images: Tensor):
 
 
 def in_onnxruntime(network, images: Tensor):
-    """A function that runs `network` in onnxruntime, on a GPU where that has one, with torch's threads."""
+    """A function that runs `network` in onnxruntime with torch's threads, and on what: "CPU" or "CUDA"."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -231,11 +236,12 @@ def in_onnxruntime(network, images: Tensor):
         warnings.simplefilter("ignore")
         program = torch.export.export(network, (images,))
         converted = torch.onnx.export(program, (images,), dynamo=True, verbose=False)
-    providers = onnxruntime.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] * images.is_cuda + ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(
-        converted.model_proto.SerializeToString(), options, providers=providers)
+        converted.model_proto.SerializeToString(), options, providers=wanted)
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0]).to(images.device)
+    run = lambda: torch.from_numpy(session.run(None, feed)[0])  # noqa: E731
+    return run, session.get_providers()[0].removesuffix("ExecutionProvider")
 
 
 def fixed_contenders(model: nn.Module, images: Tensor, compiled: bool, onnx: bool) -> dict:
@@ -245,11 +251,12 @@ def fixed_contenders(model: nn.Module, images: Tensor, compiled: bool, onnx: boo
     contenders = {"fixed": lambda: network(images)}
     if compiled:
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants
-            quick = torch.compile(network)
+            quick = torch.compile(network, dynamic=False)
             quick(images)
         contenders["fixed, compiled"] = lambda: quick(images)
     if onnx:
-        contenders["fixed, onnxruntime"] = in_onnxruntime(network, images)
+        run, place = in_onnxruntime(network, images)
+        contenders[f"fixed, onnxruntime {place}"] = run
     if images.is_cuda:
         contenders["fixed, CUDA graph"] = in_cuda_graph(network, images)
     return contenders
@@ -260,7 +267,8 @@ def inference_contenders(
 ) -> dict:
     """Inference of a routed network, all its ways: name -> a function that gives logits.
 
-    At the shares of `openness` all images have one route.
+    At the shares of `openness` all images have one route. What has the same name up to the first comma
+    computes the same.
     """
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     host = copy.deepcopy(model.backbone).cpu()
@@ -272,7 +280,7 @@ def inference_contenders(
 
     every = mixed_routes(host, *images.shape[-2:], openness=1.0)[0].to(images.device)
     every = every.expand(len(images), -1, -1)
-    contenders = {"as published": lambda: run_as_published(published, images, every)}
+    contenders = {"all open, as published": lambda: run_as_published(published, images, every)}
     contenders["all open, dense"] = run(every, skip=False)
     contenders["all open, skipping"] = run(every, skip=True)
     for share in sorted(set(openness), reverse=True):
@@ -284,7 +292,7 @@ def inference_contenders(
         set_gates(routed.backbone, alpha[0])
         ways = {"skipping": functools.partial(run_skipping, fuse(copy.deepcopy(routed)), arranged)}
         ways |= fixed_contenders(routed, arranged, compiled, onnx)
-        contenders |= {f"{100 * real:.0f} % open, {way}": call for way, call in ways.items()}
+        contenders |= {f"{100 * real:.3g} % open, {way}": call for way, call in ways.items()}
     return contenders
 
 
@@ -312,9 +320,9 @@ def training_contenders(model: nn.Module, images: Tensor, amp: bool, compiled: b
         return run
 
     network = torch.compile(model) if compiled else model
-    name = "training" + ", bfloat16" * amp + ", compiled" * compiled
+    name = "training, here" + ", bfloat16" * amp + ", compiled" * compiled
     return {
-        "as published": step(published, lambda: run_as_published(published, images), amp=False),
+        "training, as published": step(published, lambda: run_as_published(published, images), amp=False),
         name: step(network, lambda: network(images).logits, amp, fused=True),
     }
 
@@ -365,22 +373,28 @@ def print_speed(argv: list[str]) -> None:
     print(f"{arguments.variant}, {height}x{width}, {work}; {machine(device)}")
     for batch in arguments.batch:
         images = torch.randn(batch, 3, height, width, device=device)
-        print(f"batch {batch}; difference: the largest of a logit, to the first of the same network")
+        print(f"batch {batch}; difference: the largest of a logit, over the largest logit")
+        torch._dynamo.reset()  # it compiles the same code for a few networks only
         with torch.inference_mode(not arguments.train):
             if arguments.train:
                 contenders = training_contenders(model, images, arguments.amp, arguments.compile)
             else:
                 contenders = inference_contenders(
                     model, images, arguments.openness, arguments.compile, arguments.onnx)
-            outputs = {name: run().clone() for name, run in contenders.items()}
+            notes = describe_differences(contenders)
             seconds, peaks = time_in_turns(contenders, arguments.runs, device)
-        notes, first = {}, {}
-        for name, output in outputs.items():
-            same = name.split(",")[0] if "%" in name else "everything open"
-            reference = first.setdefault(same, output)
-            difference = (output - reference).abs().max() / reference.abs().max()
-            notes[name] = f"difference {difference.item():.1e}"
         print_seconds(seconds, peaks, notes)
+
+
+def describe_differences(contenders: dict) -> dict[str, str]:
+    """By name, how far each is from the first whose name is the same up to the first comma."""
+    references, notes = {}, {}
+    for name, run in contenders.items():
+        output = run().cpu()
+        reference = references.setdefault(name.split(",")[0], output)
+        difference = (output - reference).abs().max() / reference.abs().max()
+        notes[name] = f"difference {difference.item():.1e}"
+    return notes
 
 
 # ============ K-means ============
@@ -457,12 +471,12 @@ def time_in_turns(contenders: dict, runs: int, device: torch.device) -> tuple[di
 def print_seconds(seconds: dict[str, list], peaks: dict[str, float], notes: dict[str, str]) -> None:
     """One row per contender: median, min and max, and the ratio of its median to the first one's."""
     first = statistics.median(next(iter(seconds.values())))
-    print(f"  {'':28}{'median s':>10}{'min':>10}{'max':>10}{'ratio':>8}" + f"{'peak MiB':>10}" * bool(peaks))
+    print(f"  {'':34}{'median s':>10}{'min':>10}{'max':>10}{'ratio':>8}" + f"{'peak MiB':>10}" * bool(peaks))
     for name, times in seconds.items():
         median = statistics.median(times)
         numbers = "".join(f"{value:10.4f}" for value in (median, min(times), max(times)))
         peak = f"{peaks[name]:10.0f}" if name in peaks else ""
-        print(f"  {name:28}{numbers}{median / first:8.2f}{peak}   {notes.get(name, '')}".rstrip())
+        print(f"  {name:34}{numbers}{median / first:8.2f}{peak}   {notes.get(name, '')}".rstrip())
 
 
 @one_line_errors(InputError)

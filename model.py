@@ -126,8 +126,10 @@ def build_model(
     channels, frozen = detector.pop("pyramid", None), detector.pop("frozen", False)
     if of_torchvision and (layers, width, gate, channels) != (None,) * 4:
         raise InputError(f"--layers, --width, --gate and --pyramid: {variant} is a network of fixed size")
-    if (route is None) == (variant == "fixed-route"):
-        raise InputError(f"--variant {variant}: a route is needed by fixed-route, and by no other")
+    if variant == "fixed-route" and route is None:
+        raise InputError(f"--variant {variant}: say which with --route: {', '.join(ROUTES)}, or a json")
+    if variant != "fixed-route" and route is not None:
+        raise InputError(f"--variant {variant}: does not go with --route; leave one of them out")
     if route is not None and gate:
         raise InputError(f"--gate {gate}: a network of a fixed route has no gates; leave it out")
     if layers is None:
@@ -140,7 +142,7 @@ def build_model(
         elif of_torchvision:
             model = StaticSegmenter(deeplabv3_resnet101, num_classes)
         elif static:
-            backbone = FixedBackbone(torch.as_tensor(route), size[0], size[1], gate=None)
+            backbone = FixedBackbone(torch.as_tensor(route), layers, size[1], gate=None)
             coarsest = max(s for s, delivered in enumerate(backbone.delivered) if delivered)
             head = SegmentationHead(backbone.channels[: coarsest + 1], num_classes)
             model = FixedSegmenter(backbone, head)
@@ -186,8 +188,8 @@ class SegmentationHead(nn.Module):
         y = at_least_float32(self.predictor(y))  # classes differ by less than half precision
         return resize(y, scale_factor=4)
 
-    def real_cost(self, like: Tensor, height: int, width: int, stride: int, count: str) -> Tensor:
-        """Multiply-adds of an image, as a tensor like the one given; for `count` see `Grid.costs`.
+    def cost(self, height: int, width: int, stride: int, count: str) -> int:
+        """Multiply-adds of an image; for `count` see `Grid.costs`.
 
         The paper count takes an H/4 x H/4 map. The others are of an image padded to `stride`.
         """
@@ -200,7 +202,7 @@ class SegmentationHead(nn.Module):
             c, narrower = lateral[0].in_channels, lateral[0].out_channels
             total += conv_cost(c, narrower, h // 2**s, w // 2**s)
             total += per_element * narrower * (h // 2**s) * (w // 2**s)
-        return torch.full_like(like, total)
+        return total
 
 
 class RoutedSegmenter(nn.Module):
@@ -217,22 +219,18 @@ class RoutedSegmenter(nn.Module):
     def forward(self, images: Tensor, skip: bool | None = None) -> SegmentationOutput:
         """For `skip` see `RoutedBackbone.route`."""
         height, width = images.shape[-2:]
-        features, routes = self.backbone.route(self._padded(images), skip)
+        features, routes = self.backbone.route(pad_to_stride(images, self.backbone.stride), skip)
         cost = self.backbone.expected_cost(routes, height, width)
         logits = self.head(features)[..., :height, :width]
         return SegmentationOutput(logits, routes.A, cost, routes)
 
     def routes(self, images: Tensor) -> Routes:
         """The routes alone: the head does not run."""
-        return self.backbone.route(self._padded(images))[1]
-
-    def _padded(self, images: Tensor) -> Tensor:
-        images = pad_to_stride(images, self.backbone.stride)
-        return images.contiguous(memory_format=torch.channels_last)
+        return self.backbone.route(pad_to_stride(images, self.backbone.stride))[1]
 
     def cut(self, route: Tensor) -> FixedSegmenter:
         """The static network of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
-        fixed = FixedSegmenter(self.backbone.cut(route), copy.deepcopy(self.head))
+        fixed = FixedSegmenter(self.backbone.cut(route), copy.deepcopy(self.head)).train(self.training)
         return fixed.to(memory_format=torch.channels_last)
 
     def budgeted_cost(self, height: int, width: int) -> int:
@@ -245,7 +243,8 @@ class RoutedSegmenter(nn.Module):
         For `count` see `Grid.costs`.
         """
         cost = self.backbone.real_cost(routes, height, width, count)
-        return cost | {"head": self.head.real_cost(cost["stem"], height, width, self.backbone.stride, count)}
+        head = self.head.cost(height, width, self.backbone.stride, count)
+        return cost | {"head": torch.full_like(cost["stem"], head)}
 
 
 class FixedSegmenter(nn.Module):
@@ -261,8 +260,7 @@ class FixedSegmenter(nn.Module):
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         height, width = images.shape[-2:]
-        images = pad_to_stride(images, self.backbone.stride)
-        logits = self.predict(images.contiguous(memory_format=torch.channels_last))
+        logits = self.predict(pad_to_stride(images, self.backbone.stride))
         routes = Routes.none(len(images))
         return SegmentationOutput(
             logits[..., :height, :width], routes.A, logits.new_zeros(len(images)), routes)
@@ -275,7 +273,8 @@ class FixedSegmenter(nn.Module):
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of any image by part, int64 [1]: stem, cells, paths, gates, head."""
         cost = self.backbone.real_cost(height, width, count)
-        return cost | {"head": self.head.real_cost(cost["stem"], height, width, self.backbone.stride, count)}
+        head = self.head.cost(height, width, self.backbone.stride, count)
+        return cost | {"head": torch.full_like(cost["stem"], head)}
 
 
 # What training and evaluation ask of a segmentation model, whatever its backbone:
@@ -315,6 +314,10 @@ def read_route(text: str, layers: int) -> Tensor:
 
     Raises InputError, which says what to do, where it is neither, or of a grid with another number of layers.
     """
+    try:
+        grid = 1 + sum(nodes_per_layer(layers))
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
     if text in ROUTES:
         return named_route(text, layers)
     path, _, name = (text, "", "") if Path(text).is_file() else text.rpartition(":")
@@ -330,7 +333,6 @@ def read_route(text: str, layers: int) -> Tensor:
         raise InputError(f"--route {path}: {words}") from None
     if name not in routes:
         raise InputError(f"--route {text}: choose one of {', '.join(f'{path}:{known}' for known in routes)}")
-    grid = 1 + sum(nodes_per_layer(layers))
     if routes[name].shape != (grid, 3):
         has = f"{len(routes[name])} rows, and a grid of {layers} layers has {grid}"
         raise InputError(f"--route {text}: has {has}; give the --layers of the run that it was cut from")
@@ -345,7 +347,7 @@ class Dispatcher(nn.Module):
 
     def __init__(self, stem: nn.Module, decide: nn.Linear):
         super().__init__()
-        self.stem, self.decide = copy.deepcopy(stem), decide
+        self.stem, self.decide = copy.deepcopy(stem), copy.deepcopy(decide)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decide(self.stem(images).mean((2, 3)))
@@ -355,20 +357,22 @@ def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
     """Linear discriminant analysis, in closed form: pooled [N, C], labels [N] in [0, k) -> scores [., k].
 
     A score is the logarithm of the class's share times its Gaussian density, but for what all have in common;
-    the Gaussians share their covariance. A class without samples gets no image.
+    the Gaussians share their covariance. A class without samples has a score that no other falls below.
     """
     x, sizes = pooled.double(), labels.bincount(minlength=k)
+    middle = x.mean(0)
+    x = x - middle  # else scores would be small differences of large numbers
     means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / sizes.clamp(min=1)[:, None]
     away = x - means[labels]
     covariance = away.T @ away / len(x)
     ridge = 1e-4 * covariance.diagonal().mean() + 1e-12  # channels can be constant, or fewer than images
     covariance += ridge * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(covariance, means.T).T  # [k, C]
-    share = (sizes / len(x)).clamp(min=1e-30).log()
+    weight = torch.linalg.solve(covariance, means.T).T  # [k, C], 0 of a class without samples
+    bias = (sizes / len(x)).log() - (weight * means).sum(1) / 2 - weight @ middle
     decide = nn.Linear(x.shape[1], k)
     with torch.no_grad():
         decide.weight.copy_(weight)
-        decide.bias.copy_(share - (weight * means).sum(1) / 2)
+        decide.bias.copy_(bias.clamp(min=-1e30))  # log(0): no image goes there
     return decide
 
 
@@ -522,7 +526,7 @@ class Detector(nn.Module):
         """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
         fixed, pyramid = copy.deepcopy(self), self.pyramid
         backbone, laterals = pyramid.backbone.cut(route), copy.deepcopy(pyramid.laterals)
-        fixed.rcnn.backbone = FixedPyramid(backbone, laterals)
+        fixed.rcnn.backbone = FixedPyramid(backbone, laterals).train(self.training)
         fixed.routed, fixed.dim = False, 0
         return fixed.to(memory_format=torch.channels_last)
 

@@ -105,70 +105,6 @@ def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) ->
     return [depthwise, *conv_bn(c_in, c_out, relu, kernel_size=1)]
 
 
-# Classic networks that can be drawn in the routing space (Dynamic Routing, section 4).
-ROUTES = ("fcn-32s", "deeplabv3", "u-net", "hrnetv2", "auto-deeplab")
-AUTO_DEEPLAB = (0, 0, 0, 1, 2, 1, 2, 2, 3, 3, 2, 1)  # scales of its 12 cells (Liu et al., CVPR 2019)
-
-
-def named_route(name: str, layers: int = 16) -> Tensor:
-    """The route of a classic network, bool [1 + nodes, 3], in a grid of four scales.
-
-    fcn-32s:       one cell per layer, a quarter of the layers at each stride, 4 to 32.
-    deeplabv3:     the same down to stride 16; in the last quarter three branches at strides 8, 16 and 32 take
-                   the place of its pyramid of dilated convolutions.
-    u-net:         down and up again, a scale every eighth of the layers; each scale runs from the way down to
-                   the way up, where the two are added.
-    hrnetv2:       every quarter of the layers a coarser scale joins; all run on, and every second layer
-                   neighbours exchange their maps.
-    auto-deeplab:  one cell per layer, at the scales of the network that was found for Cityscapes.
-
-    Raises ValueError for another name.
-    """
-    if name not in ROUTES:
-        raise ValueError(f"route {name!r}: known are {', '.join(ROUTES)}")
-    counts, quarter = nodes_per_layer(layers), layers // 4
-    runs: set[tuple[int, int]] = set()  # (layer, scale) of the cells
-    leaves: set[tuple[int, int, int]] = set()  # (layer, scale, path), but for keep
-    if name == "u-net":
-        step = max(1, layers // 8)
-        for s in range(4):
-            first, last = step * s, layers - 1 - step * s
-            runs |= {(layer, s) for layer in range(first, last + 1)}
-            if s and first <= last:
-                leaves |= {(first - 1, s - 1, DOWN), (last, s, UP)}
-    elif name == "hrnetv2":
-        runs |= {(layer, s) for s in range(4) for layer in range(-(-s * layers // 4), layers)}
-        for layer, s in runs:
-            if s and (layer - 1, s) not in runs:
-                leaves |= {(layer - 1, s - 1, DOWN)}
-            if s and layer % 2 and layer < layers - 1:
-                leaves |= {(layer, s - 1, DOWN), (layer, s, UP)}
-    else:
-        wanted = {
-            "fcn-32s": [4 * layer // layers for layer in range(layers)],
-            "deeplabv3": [min(4 * layer // layers, 2) for layer in range(layers)],
-            "auto-deeplab": [AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)],
-        }[name]
-        at = [0]
-        for scale in wanted[1:]:
-            at.append(at[-1] + (scale > at[-1]) - (scale < at[-1]))  # one scale at a time
-        runs |= set(enumerate(at))
-        for layer, (s, after) in enumerate(zip(at, at[1:])):
-            leaves |= {(layer, s, after - s + 1)} if s != after else set()
-        branches = layers - quarter
-        if name == "deeplabv3" and quarter and at[branches - 1] == 2:
-            runs |= {(layer, s) for layer in range(branches, layers) for s in (1, 2, 3)}
-            leaves |= {(branches - 1, 2, UP), (branches - 1, 2, DOWN)}
-
-    rows = [[False, True, False]]  # of the init node
-    for layer, count in enumerate(counts):
-        for s in range(count):
-            row = [(layer, s, path) in leaves for path in (UP, KEEP, DOWN)]
-            row[KEEP] = (layer, s) in runs and ((layer + 1, s) in runs or layer == layers - 1)
-            rows.append(row)
-    return torch.tensor(rows)
-
-
 def stem(width: int) -> nn.Sequential:
     """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution is not padded: 256 -> 127 -> 127 -> 64."""
     return nn.Sequential(
@@ -264,7 +200,7 @@ class Node(nn.Module):
 
 
 class Grid(nn.Module):
-    """Stem and nodes of the routing space, with all paths, and what each part costs.
+    """Stem and nodes of the routing space, and what each part costs.
 
     Args:
         layers: 16 gives the 61 nodes of Layer16, 33 those of Layer33; with `scales=5`, 17 gives Layer17's 66.
@@ -278,9 +214,8 @@ class Grid(nn.Module):
 
     def __init__(self, layers: int = 16, width: int = 64, gate: str | None = "full", scales: int = 4):
         super().__init__()
-        kinds = ("full", "small", None)[: 2 if isinstance(self, RoutedBackbone) else 3]
-        if gate not in kinds:
-            raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small'")
+        if gate not in ("full", "small", None):
+            raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small', or None for no gates")
         if width < 2 or width % 2:
             raise ValueError(f"width={width}: must be even, for gates halve it, and at least 2")
         self.width, self.gate = width, gate
@@ -351,8 +286,13 @@ class Grid(nn.Module):
 class RoutedBackbone(Grid):
     """A grid whose gates route each image: images [B, 3, H, W] -> (features, A, cost); see `forward`.
 
-    Arguments and attributes are those of `Grid`; `gate` is not None.
+    Arguments and attributes are those of `Grid`.
     """
+
+    def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
+        if gate is None:
+            raise ValueError("gate=None: a routed network has gates, 'full' or 'small'")
+        super().__init__(layers, width, gate, scales)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Images [B, 3, H, W] -> features, A, cost.
@@ -487,7 +427,6 @@ class RoutedBackbone(Grid):
         alpha = torch.tensor([node.exists for node in self.all_nodes()])[None].float()
         return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool), [])
 
-
     def cut(self, route: Tensor) -> FixedBackbone:
         """The static network of a route, bool [1 + nodes, 3], with a copy of the weights that it uses."""
         scales = len(self.channels)
@@ -511,51 +450,44 @@ class FixedBackbone(Grid):
             closed.
         layers, width, gate, scales: as in `Grid`.
 
-    Attributes: route, without what is not reached; delivered, for each output whether anything arrives
-    there: elsewhere it is 0. Raises ValueError for a route of another grid.
+    Attributes: route, without what is not reached; opened, the same as lists; delivered, for each output
+    whether anything arrives there: elsewhere it is 0. Raises ValueError for a route of another grid.
     """
 
-    def __init__(
-        self, route: Tensor, layers: int = 16, width: int = 64, gate: str | None = "small", scales: int = 4
-    ):
+    def __init__(self, route: Tensor, layers: int, width: int, gate: str | None, scales: int = 4):
         super().__init__(layers, width, gate, scales)
         exists = torch.tensor([node.exists for node in self.all_nodes()])
         if route.shape != exists.shape:
             shapes = f"{tuple(route.shape)}, with {layers} layers it is {tuple(exists.shape)}"
             raise ValueError(f"route of shape {shapes}: a row of up, keep, down for each node")
-        if (route.cpu().bool() & ~exists).any():
-            row = (route.cpu().bool() & ~exists).any(1).nonzero()[0].item()
+        route = route.cpu().bool()
+        if (route & ~exists).any():
+            row = (route & ~exists).any(1).nonzero()[0].item()
             raise ValueError(f"route: row {row} opens a path that its node does not have")
-        route = self._reached_part(route.cpu().bool())
+        route, self.delivered = self._reached_part(route)
         self.register_buffer("route", route, persistent=False)
-        self.rows = route.tolist()  # the same, for what is decided once
-        for node, row in zip(self.all_nodes(), self.rows):
+        self.opened = route.tolist()
+        for node, row in zip(self.all_nodes(), self.opened):
             if not any(row):
                 node.cell = node.gate = None
             node.up = node.up if row[UP] else None
             node.down = node.down if row[DOWN] else None
-        self.delivered = self._outputs_delivered()
 
-    def _reached_part(self, route: Tensor) -> Tensor:
-        """The route without the paths of nodes that it never reaches."""
-        route, reached = route.clone(), torch.ones(1, 1, dtype=torch.bool)
+    def _reached_part(self, route: Tensor) -> tuple[Tensor, list[bool]]:
+        """The route without the paths of nodes that it never reaches; and where a map arrives at the end."""
+        route, reached, arrives = route.clone(), torch.ones(1, 1, dtype=torch.bool), [True]
         for layer, rows in self._layers():
             route[rows] &= reached[0, :, None]
             reached = _reached_next(layer, reached, ~route[None, rows].any(-1))
-        return route
-
-    def _outputs_delivered(self) -> list[bool]:
-        arrives = [True]
-        for layer, rows in self._layers():
             following = [False] * _count_targets(layer)
-            for s, row in enumerate(self.rows[rows]):
-                for path, opened in enumerate(row if any(row) else (False, arrives[s], False)):
-                    if opened:
-                        following[s + path - 1] = True
-                if any(row) and self.gate:  # on an image for which its gate closes it
+            for s, row in enumerate(route[rows].tolist()):
+                if not any(row) or self.gate:  # a closed node hands its input on
                     following[s] |= arrives[s]
+                for path in (UP, KEEP, DOWN):
+                    if row[path]:
+                        following[s + path - 1] = True
             arrives = following
-        return arrives
+        return route, arrives
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> one tensor [B, width·2^s, H/4/2^s, W/4/2^s] per scale, fine to coarse.
@@ -567,20 +499,25 @@ class FixedBackbone(Grid):
         B, C, H, W = first.shape
 
         def zeros(s):
-            return first.new_zeros(B, C * 2**s, H // 2**s, W // 2**s)
+            y = first.new_zeros(B, C * 2**s, H // 2**s, W // 2**s)
+            return y.contiguous(memory_format=torch.channels_last)
 
         arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing arrives for any image
-        reached = torch.ones(B, 1, dtype=torch.bool, device=x.device)  # [B, n]
+        reached = first.new_ones(B, 1, dtype=torch.bool)  # [B, n]
         for layer, rows in self._layers():
-            following = [None] * _count_targets(layer)
-            route = self.rows[rows]
-            for s, row in enumerate(route):
+            opened = self.opened[rows]
+            for s, row in enumerate(opened):
                 if any(row) and arrived[s] is None:  # reached by an open node that sends nothing
                     arrived[s] = zeros(s)
-            weight = passes = None
+            weight = [[None] * 3] * len(layer)  # [n][3], each [B, 1, 1, 1]; None: 1
             if self.gate:
-                weight, passes, reached = self._weigh(layer, rows, arrived, reached)
-            for s, (node, y, row) in enumerate(zip(layer, arrived, route)):
+                alpha, closed = self._weigh(layer, rows, arrived, reached)
+                reached = _reached_next(layer, reached, closed)
+                passes = closed.to(first.dtype)[..., None, None, None]  # [B, n, 1, 1, 1]
+                alpha = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]
+                weight = [of_node.unbind(1) for of_node in alpha.unbind(1)]
+            following = [None] * _count_targets(layer)
+            for s, (node, y, row) in enumerate(zip(layer, arrived, opened)):
                 if not any(row):
                     if y is not None:
                         _add(following, s, y)
@@ -588,39 +525,33 @@ class FixedBackbone(Grid):
                 h = node.cell(y)
                 for path in (UP, DOWN):
                     if row[path]:
-                        _add(following, s + path - 1, node.carry(path, h, _of(weight, s, path)))
+                        _add(following, s + path - 1, node.carry(path, h, weight[s][path]))
                 if row[KEEP]:
-                    _add(following, s, h, _of(weight, s, KEEP))
+                    _add(following, s, h, weight[s][KEEP])
                 if self.gate:
                     _add(following, s, y, passes[:, s])
             arrived = following
         return [zeros(s) if y is None else y for s, y in enumerate(arrived)]
 
-    def _weigh(self, layer, rows: slice, arrived: list, reached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a layer's gates say -> weights [B, n, 3, 1, 1, 1], what closed nodes multiply their input by
-        [B, n, 1, 1, 1], and which nodes of the next layer are reached [B, n_next]."""
-        first = next(y for y in arrived if y is not None)
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        nothing = torch.zeros(reached.shape[0], 3, dtype=dtype, device=first.device)
+    def _weigh(self, layer, rows: slice, arrived: list, reached: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gates of a layer say, given what arrived and which nodes are reached, [B, n].
+
+        Returns alpha [B, n, 3], 0 where a path outside the route would be open;
+        closed [B, n], which nodes are closed for an image.
+        """
+        like = next(y for y in arrived if y is not None)
+        nothing = at_least_float32(like.new_zeros(like.shape[0], 3))
         logits = []
         for node, y in zip(layer, arrived):
             logits.append(nothing if node.gate is None else node.logits(y))
-        alpha = F.relu(torch.tanh(torch.stack(logits, 1))) * reached[..., None]  # [B, n, 3]
+        alpha = F.relu(torch.tanh(torch.stack(logits, 1))) * reached[..., None]
         alpha = alpha.masked_fill(~self.route[rows] & (alpha > OPEN), 0)
-        closed = alpha.sum(-1) < OPEN
-        weight = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]
-        passes = closed.to(first.dtype)[..., None, None, None]
-        return weight, passes, _reached_next(layer, reached, closed)
+        return alpha, alpha.sum(-1) < OPEN
 
     def real_cost(self, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of any image by part: stem, cells, paths, gates, each int64 [1] on the CPU."""
         opened = self.route[None].cpu()
         return self._sum_costs(self.costs(height, width, count), opened, opened.any(-1))
-
-
-def _of(weight: Tensor | None, s: int, path: int) -> Tensor | None:
-    """The weight [B, 1, 1, 1] of a path of node s."""
-    return None if weight is None else weight[:, s, path]
 
 
 def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None, rows: slice) -> Tensor:
@@ -669,6 +600,94 @@ def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> N
         following[to] = torch.addcmul(total, y, weight, out=into)  # one pass over the maps
 
 
+# ============ classic networks as routes ============
+
+# Those that Dynamic Routing (section 4) places in the routing space.
+ROUTES = ("fcn-32s", "deeplabv3", "u-net", "hrnetv2", "auto-deeplab")
+AUTO_DEEPLAB = (0, 0, 0, 1, 2, 1, 2, 2, 3, 3, 2, 1)  # scales of its 12 cells (Liu et al., CVPR 2019)
+
+
+def named_route(name: str, layers: int = 16) -> Tensor:
+    """The route of a classic network, bool [1 + nodes, 3], in a grid of four scales.
+
+    fcn-32s:       one cell per layer, a quarter of the layers at each stride, 4 to 32.
+    deeplabv3:     the same down to stride 16; in the last quarter three branches at strides 8, 16 and 32 take
+                   the place of its pyramid of dilated convolutions (of less than four layers: no branches).
+    u-net:         down and up again, a scale every eighth of the layers; each scale runs from the way down to
+                   the way up, where the two are added.
+    hrnetv2:       every quarter of the layers a coarser scale joins; all run on, and every second layer
+                   neighbours exchange their maps.
+    auto-deeplab:  one cell per layer, at the scales of the network that was found for Cityscapes.
+
+    Raises ValueError for another name.
+    """
+    if name not in ROUTES:
+        raise ValueError(f"route {name!r}: known are {', '.join(ROUTES)}")
+    if name == "u-net":
+        cells, leaves = _u_net(layers)
+    elif name == "hrnetv2":
+        cells, leaves = _hrnet(layers)
+    elif name == "auto-deeplab":
+        cells, leaves = _chain([AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)])
+    elif name == "fcn-32s":
+        cells, leaves = _chain([4 * layer // layers for layer in range(layers)])
+    else:
+        cells, leaves = _chain([min(4 * layer // layers, 2) for layer in range(layers)])
+        first = layers - layers // 4  # of the layers with three branches
+        if first < layers and (first - 1, 2) in cells:
+            cells |= {(layer, s) for layer in range(first, layers) for s in (1, 2, 3)}
+            leaves |= {(first - 1, 2, UP), (first - 1, 2, DOWN)}
+    rows = [[False, True, False]]  # the init node keeps
+    for layer, count in enumerate(nodes_per_layer(layers)):
+        for s in range(count):
+            goes_on = layer == layers - 1 or (layer + 1, s) in cells
+            keeps = (layer, s) in cells and goes_on
+            rows.append([(layer, s, UP) in leaves, keeps, (layer, s, DOWN) in leaves])
+    return torch.tensor(rows)
+
+
+# Each of these returns the cells (layer, scale) of a network, and the paths (layer, scale, path) by which it
+# goes up and down. It keeps wherever a cell has one of its scale behind it.
+
+
+def _chain(wanted: list[int]) -> tuple[set, set]:
+    """One cell per layer, at the scales that are wanted, but no more than one scale away from the last."""
+    cells, leaves, s = {(0, 0)}, set(), 0
+    for layer, scale in enumerate(wanted[1:], 1):
+        after = s + (scale > s) - (scale < s)
+        if after != s:
+            leaves.add((layer - 1, s, after - s + 1))
+        s = after
+        cells.add((layer, s))
+    return cells, leaves
+
+
+def _u_net(layers: int) -> tuple[set, set]:
+    cells, leaves, step = set(), set(), max(1, layers // 8)
+    for s in range(4):
+        first, last = step * s, layers - 1 - step * s
+        cells |= {(layer, s) for layer in range(first, last + 1)}
+        if s and first <= last:
+            leaves |= {(first - 1, s - 1, DOWN), (last, s, UP)}
+    return cells, leaves
+
+
+def _hrnet(layers: int) -> tuple[set, set]:
+    cells, leaves = set(), set()
+    for s in range(4):
+        first = -(-s * layers // 4)  # rounded up
+        cells |= {(layer, s) for layer in range(first, layers)}
+        if s and first < layers:
+            leaves.add((first - 1, s - 1, DOWN))
+            for layer in range(first, layers - 1):
+                if layer % 2:
+                    leaves |= {(layer, s - 1, DOWN), (layer, s, UP)}
+    return cells, leaves
+
+
+# ============ what else it takes ============
+
+
 def fuse(network: nn.Module) -> nn.Module:
     """For inference: folds batch norm into the convolution before it, in every nn.Sequential of `network`.
 
@@ -685,9 +704,10 @@ def fuse(network: nn.Module) -> nn.Module:
 
 
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:
-    """Pads [B, C, H, W] with zeros at the right and at the bottom to multiples of `stride`."""
+    """Pads [B, C, H, W] with zeros at the right and at the bottom to multiples of `stride`; channels_last."""
     height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % stride, 0, -height % stride))
+    padded = F.pad(images, (0, -width % stride, 0, -height % stride))
+    return padded.contiguous(memory_format=torch.channels_last)
 
 
 def conv_cost(c_in: int, c_out: int, h: int, w: int, k: int = 1, groups: int = 1) -> int:

@@ -250,8 +250,6 @@ def settle(config: argparse.Namespace, process: Process) -> None:
     route = vars(config).get("route")
     if route and variant != "fixed-route":
         raise InputError(f"--route {route}: trains without gates; leave --variant {variant} out")
-    if variant == "fixed-route" and not route:
-        raise InputError(f"--variant {variant}: say which with --route: {', '.join(ROUTES)}, or a json")
     for name in ("lambda1", "lambda2", "k", "metric", "oracle", "gate_lr"):
         if static and getattr(config, name) not in (None, 0, "plain"):
             raise InputError(f"--{name.replace('_', '-')}: does not apply to {variant}, which has no gates")
@@ -298,13 +296,14 @@ def main(argv: list[str] | None = None) -> None:
     classes = list(train_set.info.classes)
 
     # ============ network ============
+    saved = open_run(folder, config, process, classes, train_set)  # None: a new run
     model_args = dict(
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate)
-    if config.route:
+    if saved:
+        model_args = saved["model_args"]  # the json of --route need not be there any more
+    elif config.route:
         model_args["route"] = read_route(config.route, config.layers).tolist()
-    saved = open_run(folder, config, process, classes, train_set)  # None: a new run
-    model_args = saved["model_args"] if saved else model_args  # a json may have changed
     lr = RECIPES.get(config.dataset, RECIPES["camvid"])["lr"]
     model = make_model(model_args, config, process, saved, lr)
     optimizer = make_optimizer(model, config)
