@@ -10,7 +10,7 @@
     python evaluate.py runs/NAME/last.pt --split test --predictions DIR
     # pictures with what is predicted on them, and which expert took each
     python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER
-    # each expert as a static network of its own, exported, and what it is worth
+    # the experts as static networks of their own, exported, and what they are worth
     python evaluate.py runs/NAME/last.pt --experts DIR
     # pictures, each by the exported expert that takes it
     python evaluate.py DIR/experts.json --image FILE_OR_FOLDER
@@ -146,7 +146,8 @@ def check_exported(parser: Parser, arguments: argparse.Namespace) -> None:
             parser.error(f"{path}: an exported network; give the experts.json beside it, with --image")
         if path.suffix == ".json" and (len(arguments.checkpoint) > 1 or not arguments.image):
             parser.error(f"{path}: a json is exported experts, which are for --image alone")
-        for flag in ("variant", "dataset", "data", "limit", "predictions", "published", "format"):
+        of_data = ("variant", "dataset", "data", "json", "images", "labels", "list", "limit", "eval_batch")
+        for flag in (*of_data, "predictions", "published", "format"):
             if path.suffix == ".json" and getattr(arguments, flag):
                 parser.error(f"--{flag}: does not go with exported experts")
 
@@ -585,7 +586,7 @@ class RunResult:
 
     name: str  # of the run
     checkpoint: dict  # its contents but for weights and the like
-    result: SplitResult
+    result: SplitResult  # of experts that are cut out, what their task's evaluation gave
     grid: list[tuple[int, int, list[int]]]  # per node of A(x): layer, scale, paths; [] if static
     clusters: Clusters | None
     metrics: dict  # what metrics.json says
@@ -832,7 +833,7 @@ TIMED = 20  # images whose seconds are measured
 
 @dataclass
 class Score:
-    """What networks gave that shared the images of a split among them."""
+    """What networks gave that share a split: each image goes to one of them."""
 
     scores: dict[str, float]  # in %, by column
     flops: dict[str, Tensor]  # per count: [N] multiply-adds of each image
@@ -844,6 +845,7 @@ class CutRun:
     """A run whose experts were cut out, and what they gave."""
 
     run: RunResult
+    sizes: Tensor  # [N, 2] height and width at which each image was run
     routes: dict[str, Tensor]  # by name, expert-0 and so on, and one-for-all: bool [1 + nodes, 3]
     rows: dict[str, dict[str, float]]  # by network: the columns of the table
     experts: list[dict]  # of each: how many images, open paths, parameters, GFLOPs
@@ -872,8 +874,8 @@ class Bench:
 
     @torch.no_grad()
     def look(self, model) -> tuple[Tensor, Tensor, Tensor]:
-        """A pass without the head -> of each image its open paths, bool [N, 1 + nodes, 3], what is clustered,
-        [N, D], and the stem's map, mean over its pixels, [N, C]."""
+        """A pass without the head. Returns, per image: the open paths, bool [N, 1 + nodes, 3]; what is
+        clustered, [N, D]; the mean of the stem's map, [N, C]."""
         network, opened, A, pooled = fuse(copy.deepcopy(model).eval()), [], [], []
 
         def pool(module, inputs, out):
@@ -894,14 +896,14 @@ class Bench:
             sent.append(dispatcher(as_batch(model, self.prepare(images))).argmax(1).cpu())
         return torch.cat(sent)
 
-    def run(self, model, only: Tensor | None = None):
+    def evaluate(self, model, only: Tensor | None = None):
         """A pass of evaluation over the images whose indices are `only` [n], or over all."""
         loader, space = self.loader(None if only is None else only.tolist()), gate_space(self.checkpoint)
         if self.segmentation:
             return evaluate_segmentation(model, loader, len(self.checkpoint["classes"]), self.process, space)
         return evaluate_detection(model, loader, self.dataset, self.process, space)
 
-    def run_sent(self, networks: list, sent: Tensor) -> Score:
+    def evaluate_sent(self, networks: list, sent: Tensor) -> Score:
         """Each image by the network that `sent` [N] names."""
         routes = torch.stack([network.backbone.route for network in networks]).cpu()
         key = routes.numpy().tobytes() + sent.numpy().tobytes()
@@ -912,7 +914,7 @@ class Bench:
             index = (sent == j).nonzero().flatten()
             if len(index) == 0:
                 continue
-            results.append(self.run(network, index))
+            results.append(self.evaluate(network, index))
             sizes[index] = results[-1].sizes
             for count, values in results[-1].flops.items():
                 flops.setdefault(count, torch.zeros(len(sent), dtype=torch.int64))[index] = values.cpu()
@@ -964,7 +966,8 @@ def as_batch(model, images) -> Tensor:
 
 
 def cut_routes(opened: Tensor, labels: Tensor, k: int, share: float) -> dict[str, Tensor]:
-    """By name, the paths that more than a share of an expert's images open, and of all images.
+    """The routes by name. A path is in that of an expert if more than a share of its images open it, and in
+    that of all if more than a share of all do.
 
     opened: bool [N, 1 + nodes, 3]; labels: [N] experts. An expert that has no image gets the route of all.
     """
@@ -976,9 +979,14 @@ def cut_routes(opened: Tensor, labels: Tensor, k: int, share: float) -> dict[str
     return routes | {COMMON: common}
 
 
-def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> CutRun:
-    """Cuts the experts of a checkpoint out, scores them beside the routed network, and exports them."""
+def cut_experts(arguments: argparse.Namespace, path: Path, process: Process, task: str | None) -> CutRun:
+    """Cuts the experts of a checkpoint out, scores them beside the routed network, and exports them.
+
+    task: that of the checkpoints before it, which must be its own.
+    """
     model, checkpoint = open_checkpoint(arguments, path, process)
+    if task not in (None, checkpoint["task"]):
+        raise InputError(f"--experts: {path} is of another task than the checkpoints before it")
     if not model.dim:
         raise InputError(f"--experts: {path} is a static network, which has no experts to cut out")
     size = export_size(arguments, model.backbone.stride)
@@ -991,7 +999,7 @@ def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> 
     fixed = {name: model.cut(route) for name, route in routes.items()}
     dispatcher = Dispatcher(model.backbone.stem, fit_dispatcher(pooled, labels, k)).to(process.device).eval()
 
-    routed = bench.run(model)
+    routed = bench.evaluate(model)
     run = describe_run(arguments, checkpoint, model, routed, clusters)
     rows = compare_networks(bench, run, model, fixed, dispatcher)
     experts = []
@@ -1003,7 +1011,7 @@ def cut_experts(arguments: argparse.Namespace, path: Path, process: Process) -> 
             "gflops": network_gflops(network, routed.sizes[0].tolist()),
             "gflops_at": routed.sizes[0].tolist(),
         })
-    cut = CutRun(run, routes, rows, experts, {})
+    cut = CutRun(run, routed.sizes, routes, rows, experts, {})
     if arguments.figures:
         cut.sweep = sweep_shares(bench, run, model, opened, labels)
     print_cut(arguments, cut)
@@ -1022,24 +1030,23 @@ def compare_networks(
     own, sent, routed = run.labels, bench.dispatch(model, dispatcher), run.result
     together = sum(map(count_parameters, experts))
     of_routed = Score(bench.score([routed]), routed.flops, routed.sizes)
-    of_common = bench.run_sent([fixed[COMMON]], torch.zeros_like(own))
-    by_A, dispatched = bench.run_sent(experts, own), bench.run_sent(experts, sent)
-    flops = {}  # the stem runs once more
+    of_common = bench.evaluate_sent([fixed[COMMON]], torch.zeros_like(own))
+    by_A, dispatched = bench.evaluate_sent(experts, own), bench.evaluate_sent(experts, sent)
+    flops = {}  # the dispatcher runs the stem too
     for count, values in dispatched.flops.items():
         flops[count] = values + stem_cost(model, dispatched.sizes, count)
     dispatched = dataclasses.replace(dispatched, flops=flops)
     calls = timed_calls(model, fixed[COMMON], experts, dispatcher, own)
-    seconds = bench.seconds(calls)
-    rows = {}
+    seconds, last, rows = bench.seconds(calls), f"{len(experts)} experts, dispatched", {}
     for name, result, parameters, call in [
         ("routed network", of_routed, count_parameters(model), "routed"),
         (COMMON, of_common, count_parameters(fixed[COMMON]), COMMON),
         (f"{len(experts)} experts, by A(x)", by_A, together, "by A"),
-        (f"{len(experts)} experts, dispatched", dispatched, together + count_parameters(dispatcher), "sent"),
+        (last, dispatched, together + count_parameters(dispatcher), "sent"),
     ]:
         gflops = {f"GFLOPs {count}": mean_gflops(values) for count, values in result.flops.items()}
         rows[name] = result.scores | gflops | {"parameters M": parameters / 1e6, "s/image": seconds[call]}
-    rows[name]["as A(x) %"] = 100 * (sent == own).double().mean().item()
+    rows[last]["as A(x) %"] = 100 * (sent == own).double().mean().item()
     return rows
 
 
@@ -1085,8 +1092,9 @@ def sweep_shares(
     for share in SHARES:
         routes = cut_routes(opened, labels, len(run.clusters.centers), share)
         fixed = {name: model.cut(route) for name, route in routes.items()}
-        common = bench.run_sent([fixed.pop(COMMON)], torch.zeros_like(run.labels))
-        for name, result in (("experts", bench.run_sent([*fixed.values()], run.labels)), (COMMON, common)):
+        common = bench.evaluate_sent([fixed.pop(COMMON)], torch.zeros_like(run.labels))
+        experts = bench.evaluate_sent([*fixed.values()], run.labels)
+        for name, result in (("experts", experts), (COMMON, common)):
             gflops = mean_gflops(result.flops[table_count(result.flops)])
             sweep[name].append({"keep": share, "GFLOPs": gflops, **result.scores})
     return sweep
@@ -1094,7 +1102,7 @@ def sweep_shares(
 
 def print_cut(arguments: argparse.Namespace, cut: CutRun) -> None:
     """What each expert is."""
-    run, (height, width) = cut.run, cut.run.result.sizes[0].tolist()
+    run, (height, width) = cut.run, cut.sizes[0].tolist()
     words = f"cut from {arguments.cut_from}; GFLOPs at {width}x{height}"
     lines = [f"{run.checkpoint['path']}: {run.variant}, {words}"]
     counts = list(cut.experts[0]["gflops"])
@@ -1153,16 +1161,18 @@ def write_experts(
     folder, stride = arguments.expert_folders[run.checkpoint["path"]], backbone.stride
     # torch.export takes a size of 1 for a constant: the smallest map that a gate sees must have two rows.
     least = (8 if backbone.gate == "small" else 2) * stride
-    padded = run.result.sizes + -run.result.sizes % stride
+    padded = cut.sizes + -cut.sizes % stride
     if size is None and padded.min() < least and (padded == padded[0]).all():
         size = tuple(padded[0].tolist())
     networks = {name: Exportable(network) for name, network in fixed.items()} | {"dispatcher": dispatcher}
     outputs = {"dispatcher": ["scores"]}
     if run.task == "segmentation":
         outputs |= {name: ["logits"] for name in fixed}
-    written, before = 0, [*folder.glob("expert-*.pt2"), *folder.glob("*.onnx")]
-    for path in before:  # of another export: they would not fit what is written now
-        path.unlink()
+    written = 0
+    for old in folder.glob("*"):  # of another export: they would not go with these
+        if re.fullmatch(rf"(expert-\d+|{COMMON}|dispatcher)\.(pt2|onnx)", old.name):
+            with contextlib.suppress(OSError):
+                old.unlink()
     for name, network in tqdm(networks.items(), "exporting", leave=False):
         network = fuse(copy.deepcopy(network).cpu().eval())
         with warnings.catch_warnings():
@@ -1187,7 +1197,7 @@ def write_experts(
         print(words, file=sys.stderr)
     sizes = f"and any height and width that are multiples of {stride}, at least {least}"
     if size:
-        why = "as asked for" if arguments.export_size else f"for the images are smaller than {least}"
+        why = "as asked for" if arguments.export_size else f"for all images have it, and a side below {least}"
         sizes = f"of {size[1]}x{size[0]} pixels alone, {why}; --export-size takes another"
     print(f"wrote {written} files to {folder}, for any batch {sizes}", file=sys.stderr)
 
@@ -1318,7 +1328,8 @@ def read_experts(path: Path) -> dict:
         task, layers, size = about["task"], about["layers"], about["size"]
         names = {f"expert-{j}" for j in range(len(about["experts"]))} | {COMMON}
         scales = 4 if task == "segmentation" else 5
-        shape = torch.Size([1 + sum(nodes_per_layer(min(layers, 1000), scales)), 3])
+        layers = min(layers, 1000)  # a json may say anything
+        shape = torch.Size([1 + sum(nodes_per_layer(layers, scales)), 3])
         routes = [torch.tensor(about["routes"][name]) for name in names]
         numbers = torch.tensor([about["normalization"][name] for name in ("mean", "std")])
         palette = torch.tensor(about["palette"], dtype=torch.uint8)
@@ -1350,7 +1361,7 @@ class ExpertViewer:
             self.files[name] = path.with_name(f"{name}.pt2")
             check_program(self.files[name])
 
-    def run(self, name: str, images: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    def call(self, name: str, images: Tensor, wanted: tuple[int, ...]) -> Tensor:
         """What an exported network gives. Raises InputError where it is not of the shape that is wanted."""
         path = self.files[name]
         if name not in self.loaded:
@@ -1382,13 +1393,14 @@ class ExpertViewer:
         padded = pad_to_stride((data.as_float(image[None].to(self.device)) - mean) / std, about["stride"])
         size, least = tuple(padded.shape[-2:]), about["least"]
         if about["size"] and size != tuple(about["size"]):
-            fits = "{1}x{0}".format(*about["size"])
-            raise InputError(f"{width}x{height} pixels; exported for {fits} alone, see --export-size")
+            rows, columns = about["size"]
+            words = f"exported for {columns}x{rows} alone, see --export-size"
+            raise InputError(f"{width}x{height} pixels; {words}")
         if not about["size"] and min(size) < least:
             raise InputError(f"{width}x{height} pixels; the experts take at least {least} a side")
         experts, classes = len(about["experts"]), len(about["classes"])
-        expert = self.run("dispatcher", padded, (1, experts)).argmax(1).item()
-        logits = self.run(f"expert-{expert}", padded, (1, classes, *size))[0, :, :height, :width]
+        expert = self.call("dispatcher", padded, (1, experts)).argmax(1).item()
+        logits = self.call(f"expert-{expert}", padded, (1, classes, *size))[0, :, :height, :width]
         masks = logits.argmax(0).cpu() == torch.arange(classes)[:, None, None]
         colors = [tuple(color) for color in about["palette"]]
         overlay = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
@@ -2332,8 +2344,8 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
             read_file(path, wanted)  # says what is wrong
     with matplotlib.rc_context(STYLE):
         report(arguments, process)
-    asked_for = arguments.figures or arguments.predictions or arguments.out or arguments.image
-    asked_for = asked_for or arguments.experts
+    flags = ("figures", "predictions", "out", "image", "experts")
+    asked_for = any(getattr(arguments, flag) for flag in flags)
     if UNWRITTEN and not asked_for:
         print("--out DIR writes elsewhere", file=sys.stderr)
     elif UNWRITTEN:
@@ -2342,11 +2354,11 @@ def main(argv: list[str] | None = None, process: Process | None = None) -> None:
 
 def report(arguments: argparse.Namespace, process: Process) -> None:
     """Evaluates all checkpoints, or shows --image; then tables and figures."""
-    runs = []
     if arguments.experts:
         return report_experts(arguments, process)
     if arguments.checkpoint[0].suffix == ".json":
         return show(arguments, ExpertViewer(arguments, process))
+    runs = []
     if not arguments.image:
         runs = [evaluate_checkpoint(arguments, path, process) for path in arguments.checkpoint]
     if dist.is_initialized():  # the first process does the rest alone, and answers for all
@@ -2375,9 +2387,7 @@ def report_experts(arguments: argparse.Namespace, process: Process) -> None:
                 raise InputError(f"--onnx: needs the package {package}: pip install onnx onnxscript")
     cuts = []
     for path in arguments.checkpoint:
-        cuts.append(cut_experts(arguments, path, process))
-        if cuts[-1].run.task != cuts[0].run.task:
-            raise InputError(f"--experts: {path} is of another task than the checkpoints before it")
+        cuts.append(cut_experts(arguments, path, process, cuts[0].run.task if cuts else None))
     print(render(cut_table(cuts), arguments.format or "text"))
     first = cuts[0].run.metrics
     note = f"On {first['dataset']} {arguments.split}, {first['images']} images; GFLOPs: mean per image, the "

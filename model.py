@@ -143,7 +143,7 @@ def build_model(
             model = StaticSegmenter(deeplabv3_resnet101, num_classes)
         elif static:
             backbone = FixedBackbone(torch.as_tensor(route), layers, size[1], gate=None)
-            coarsest = max(s for s, delivered in enumerate(backbone.delivered) if delivered)
+            coarsest = max(s for s, filled in enumerate(backbone.filled) if filled)
             head = SegmentationHead(backbone.channels[: coarsest + 1], num_classes)
             model = FixedSegmenter(backbone, head)
         else:
@@ -203,6 +203,16 @@ class SegmentationHead(nn.Module):
             total += conv_cost(c, narrower, h // 2**s, w // 2**s)
             total += per_element * narrower * (h // 2**s) * (w // 2**s)
         return total
+
+
+# What training and evaluation ask of a segmentation model, whatever its backbone:
+#   forward(images [B, 3, H, W]) -> SegmentationOutput
+#   dim: length of A(x); 0 means that there is nothing to cluster
+#   counts: the names of its FLOP counts, first the one to report
+#   real_cost(routes, height, width, count) -> {part: int64 [B], or [1] where all images cost the same}
+# and where dim is not 0:
+#   routes(images) -> Routes, budgeted_cost(height, width) -> C_all, and cut(route) -> the static network
+#   backbone.all_nodes(), .nodes_per_layer and .costs(height, width), for the figures
 
 
 class RoutedSegmenter(nn.Module):
@@ -268,23 +278,14 @@ class FixedSegmenter(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """[B, 3, H, W], H and W multiples of the stride -> logits [B, classes, H, W]; see `Exportable`."""
         features = self.backbone(images)
-        return self.head(features[: len(self.head.laterals)])
+        del features[len(self.head.laterals) :]  # the head begins at the coarsest map that the route fills
+        return self.head(features)
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of any image by part, int64 [1]: stem, cells, paths, gates, head."""
         cost = self.backbone.real_cost(height, width, count)
         head = self.head.cost(height, width, self.backbone.stride, count)
         return cost | {"head": torch.full_like(cost["stem"], head)}
-
-
-# What training and evaluation ask of a segmentation model, whatever its backbone:
-#   forward(images [B, 3, H, W]) -> SegmentationOutput
-#   dim: length of A(x); 0 means that there is nothing to cluster
-#   counts: the names of its FLOP counts, first the one to report
-#   real_cost(routes, height, width, count) -> {part: int64 [B], or [1] where all images cost the same}
-# and where dim is not 0:
-#   routes(images) -> Routes, and budgeted_cost(height, width) -> C_all
-#   backbone.all_nodes(), .nodes_per_layer and .costs(height, width), for the figures
 
 
 class StaticSegmenter(nn.Module):
@@ -310,7 +311,7 @@ class StaticSegmenter(nn.Module):
 
 
 def read_route(text: str, layers: int) -> Tensor:
-    """A name of `ROUTES`, or FILE or FILE:NAME with a json of evaluate.py -> the route, bool [1 + nodes, 3].
+    """A name of `ROUTES`, or FILE:NAME of a json of evaluate.py --experts -> the route, bool [1 + nodes, 3].
 
     Raises InputError, which says what to do, where it is neither, or of a grid with another number of layers.
     """
@@ -347,7 +348,7 @@ class Dispatcher(nn.Module):
 
     def __init__(self, stem: nn.Module, decide: nn.Linear):
         super().__init__()
-        self.stem, self.decide = copy.deepcopy(stem), copy.deepcopy(decide)
+        self.stem, self.decide = copy.deepcopy(stem), decide
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decide(self.stem(images).mean((2, 3)))
@@ -356,8 +357,8 @@ class Dispatcher(nn.Module):
 def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
     """Linear discriminant analysis, in closed form: pooled [N, C], labels [N] in [0, k) -> scores [., k].
 
-    A score is the logarithm of the class's share times its Gaussian density, but for what all have in common;
-    the Gaussians share their covariance. A class without samples has a score that no other falls below.
+    A score is log(share of the class · its Gaussian density), without the terms that all classes have in
+    common; the Gaussians share their covariance. A class without samples always scores lowest.
     """
     x, sizes = pooled.double(), labels.bincount(minlength=k)
     middle = x.mean(0)
@@ -419,16 +420,17 @@ class FixedPyramid(nn.Module):
         self.out_channels = laterals[0].out_channels
         self.backbone, self.laterals = backbone, laterals
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+    def predict(self, x: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride]."""
-        maps = OrderedDict()
-        for level, (lateral, feature) in enumerate(zip(self.laterals, self.backbone(x))):
-            maps[str(level)] = lateral(feature)
-        return maps
+        return [lateral(feature) for lateral, feature in zip(self.laterals, self.backbone(x))]
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """The maps of `predict` by level, "0" to "4"."""
+        return OrderedDict((str(level), y) for level, y in enumerate(self.predict(x)))
 
 
 class Detector(nn.Module):
-    """torchvision's Faster or Mask R-CNN on a routed pyramid or, static, on its own ResNet-50-FPN.
+    """torchvision's Faster or Mask R-CNN on a routed or fixed pyramid, or on its own ResNet-50-FPN.
 
     Resizing, RPN, RoI heads, losses, assignment of anchors and post-processing are torchvision's. Images of a
     batch are padded to a common size. The gates see the padding too, so an image has its own route only alone
@@ -486,7 +488,7 @@ class Detector(nn.Module):
         return self.rcnn.backbone
 
     @property
-    def backbone(self) -> RoutedBackbone:
+    def backbone(self) -> RoutedBackbone | FixedBackbone:
         return self.pyramid.backbone
 
     def prepare(self, images: list[Tensor], targets: list[dict] | None = None):
@@ -584,16 +586,17 @@ def resnet50_fpn(frozen: bool = False) -> nn.Module:
 
 
 class Exportable(nn.Module):
-    """What of the static network of a route can be exported: images [B, 3, H, W], normalised, whose sides are
-    multiples of the stride -> logits [B, classes, H, W], or of a detector the maps P2 to P6."""
+    """The part of a static network that can be exported.
+
+    Takes normalised images [B, 3, H, W], sides multiples of the stride. Gives logits [B, classes, H, W], or
+    of a detector the maps P2 to P6.
+    """
 
     def __init__(self, network: FixedSegmenter | Detector):
         super().__init__()
         self.network = network.pyramid if isinstance(network, Detector) else network
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        if isinstance(self.network, FixedPyramid):
-            return list(self.network(images).values())
         return self.network.predict(images)
 
 

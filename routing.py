@@ -11,16 +11,16 @@ every image has an architecture of its own, A(x). Four words say what runs for a
 
     open       A path is open where its alpha exceeds OPEN.
     closed     A node is closed where its alphas sum to less than OPEN.
-    delivered  An open node delivers its cell's output, times alpha, along each of its paths.
-               A closed node delivers its input, as it is, along keep alone.
+    delivered  An open node delivers along each of its paths: its cell's output times alpha, or zeros where
+               the path is not open. A closed node delivers its input, as it is, along keep alone.
     reached    A node is reached where something is delivered to it. Other nodes do not run; their A is 0.
 
 Training runs everything and multiplies by zero what is closed. Evaluation can skip closed work, image by
 image. Both follow these rules and give the same result, in float32 within 1e-5; where convolutions run in
 TF32, torch's default on GPUs that have it, within 3e-3, and a gate at its threshold may decide otherwise.
 
-A *route* is a choice of paths for all images. Nodes and paths outside it do not exist, and a node without a
-path in it is closed: what is left is a static network, a `FixedBackbone`.
+A *route* is a choice of paths for all images. Paths outside it do not exist, and a node without a path has no
+cell and hands its input on: what is left is a static network, a `FixedBackbone`.
 
 The space is that of Dynamic Routing (Li et al., CVPR 2020), A(x) that of DivDR, section 3. Needs torch alone.
 """
@@ -117,7 +117,7 @@ def stem(width: int) -> nn.Sequential:
 def resize(x: Tensor, **size) -> Tensor:
     """Bilinear, in the precision of x [B, C, h, w]; size or scale_factor as in `F.interpolate`.
 
-    Under autocast a GPU would make it float32, and with it all that is added to it further on.
+    Autocast on a GPU would turn x into float32, and all later sums with it. So it is off here.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -185,9 +185,9 @@ class Node(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits [B, 3] as (up, keep, down), at least in float32; 0 for a path that does not exist."""
         gate = at_least_float32(self.gate(x))  # half precision cannot tell OPEN
-        order = [path for path in (KEEP, UP, DOWN) if self.exists[path]]
+        order = [path for path in (KEEP, UP, DOWN) if self.exists[path]]  # as in published checkpoints
         column = dict(zip(order, gate.unbind(1)))
-        nothing = gate.new_zeros(gate.shape[0])  # with len() an exported network would keep this batch
+        nothing = gate.new_zeros(gate.shape[0])  # not len(): an exported network would be fixed to it
         return torch.stack([column.get(path, nothing) for path in (UP, KEEP, DOWN)], 1)
 
     def carry(self, path: int, h: Tensor, weight: Tensor | None) -> Tensor:
@@ -438,20 +438,21 @@ class RoutedBackbone(Grid):
 
 
 class FixedBackbone(Grid):
-    """The static network of one route: images [B, 3, H, W] -> features. Nothing in it depends on the data.
+    """The static network of one route: images [B, 3, H, W] -> features.
 
-    Nodes and paths outside the route do not exist, nor do their weights; a node without a path in the route
-    is closed for every image. Inside, gates weigh paths and close nodes image by image, as they would in the
-    routed network. On an image whose own open paths all lie in the route, and whose other nodes are closed,
-    the features are the routed network's. Without gates every alpha is 1.
+    Every image runs the same operations. Paths outside the route do not exist, nor do their weights; a node
+    without a path in the route is closed for every image. Gates go on weighing the paths that are left, and
+    closing nodes, image by image. On an image whose own open paths all lie in the route, and whose other
+    nodes are closed, the features are the routed network's. Without gates every alpha is 1.
 
     Args:
         route: bool [1 + nodes, 3], the init node first, as (up, keep, down). Nodes that it does not reach are
             closed.
         layers, width, gate, scales: as in `Grid`.
 
-    Attributes: route, without what is not reached; opened, the same as lists; delivered, for each output
-    whether anything arrives there: elsewhere it is 0. Raises ValueError for a route of another grid.
+    Attributes: route, without what is not reached; rows, the same as lists, to branch on without waiting for
+    the device; filled, for each output whether it can be anything but 0. Raises ValueError for a route of
+    another grid.
     """
 
     def __init__(self, route: Tensor, layers: int, width: int, gate: str | None, scales: int = 4):
@@ -464,24 +465,25 @@ class FixedBackbone(Grid):
         if (route & ~exists).any():
             row = (route & ~exists).any(1).nonzero()[0].item()
             raise ValueError(f"route: row {row} opens a path that its node does not have")
-        route, self.delivered = self._reached_part(route)
+        route, self.filled = self._reached_part(route)
         self.register_buffer("route", route, persistent=False)
-        self.opened = route.tolist()
-        for node, row in zip(self.all_nodes(), self.opened):
+        self.rows = route.tolist()
+        for node, row in zip(self.all_nodes(), self.rows):
             if not any(row):
                 node.cell = node.gate = None
             node.up = node.up if row[UP] else None
             node.down = node.down if row[DOWN] else None
 
     def _reached_part(self, route: Tensor) -> tuple[Tensor, list[bool]]:
-        """The route without the paths of nodes that it never reaches; and where a map arrives at the end."""
+        """Returns the route without the paths of nodes that it never reaches, and for each output whether a
+        map arrives there that is not all zeros."""
         route, reached, arrives = route.clone(), torch.ones(1, 1, dtype=torch.bool), [True]
         for layer, rows in self._layers():
             route[rows] &= reached[0, :, None]
             reached = _reached_next(layer, reached, ~route[None, rows].any(-1))
             following = [False] * _count_targets(layer)
             for s, row in enumerate(route[rows].tolist()):
-                if not any(row) or self.gate:  # a closed node hands its input on
+                if not any(row) or self.gate:  # closed nodes hand their input on; a gate may close any node
                     following[s] |= arrives[s]
                 for path in (UP, KEEP, DOWN):
                     if row[path]:
@@ -504,20 +506,20 @@ class FixedBackbone(Grid):
 
         arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing arrives for any image
         reached = first.new_ones(B, 1, dtype=torch.bool)  # [B, n]
-        for layer, rows in self._layers():
-            opened = self.opened[rows]
-            for s, row in enumerate(opened):
-                if any(row) and arrived[s] is None:  # reached by an open node that sends nothing
+        for layer, place in self._layers():
+            route = self.rows[place]
+            for s, row in enumerate(route):
+                if any(row) and arrived[s] is None:  # reached, but by zeros alone
                     arrived[s] = zeros(s)
-            weight = [[None] * 3] * len(layer)  # [n][3], each [B, 1, 1, 1]; None: 1
+            weight = [[None] * 3] * len(layer)  # [n][3], each [B, 1, 1, 1]; None stands for 1
             if self.gate:
-                alpha, closed = self._weigh(layer, rows, arrived, reached)
+                alpha, closed = self._weigh(layer, place, arrived, reached)
                 reached = _reached_next(layer, reached, closed)
                 passes = closed.to(first.dtype)[..., None, None, None]  # [B, n, 1, 1, 1]
                 alpha = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]
                 weight = [of_node.unbind(1) for of_node in alpha.unbind(1)]
             following = [None] * _count_targets(layer)
-            for s, (node, y, row) in enumerate(zip(layer, arrived, opened)):
+            for s, (node, y, row) in enumerate(zip(layer, arrived, route)):
                 if not any(row):
                     if y is not None:
                         _add(following, s, y)
@@ -544,7 +546,8 @@ class FixedBackbone(Grid):
         logits = []
         for node, y in zip(layer, arrived):
             logits.append(nothing if node.gate is None else node.logits(y))
-        alpha = F.relu(torch.tanh(torch.stack(logits, 1))) * reached[..., None]
+        alpha = _alpha(torch.stack(logits, 1), layer, reached, None, rows)
+        # What is up to OPEN stays outside the route too: it counts in whether a node is closed.
         alpha = alpha.masked_fill(~self.route[rows] & (alpha > OPEN), 0)
         return alpha, alpha.sum(-1) < OPEN
 
@@ -570,7 +573,7 @@ def _count_targets(layer) -> int:
 def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
     """[B, n] -> [B, n_next]: a reached node delivers along keep and, if not closed, along up and down.
 
-    After the last layer, which only keeps, nothing is asked of it.
+    After the last layer, which only keeps, the answer does not matter.
     """
     more = _count_targets(layer) - len(layer)
     delivers = reached & ~closed
@@ -634,7 +637,7 @@ def named_route(name: str, layers: int = 16) -> Tensor:
     else:
         cells, leaves = _chain([min(4 * layer // layers, 2) for layer in range(layers)])
         first = layers - layers // 4  # of the layers with three branches
-        if first < layers and (first - 1, 2) in cells:
+        if first < layers:
             cells |= {(layer, s) for layer in range(first, layers) for s in (1, 2, 3)}
             leaves |= {(first - 1, 2, UP), (first - 1, 2, DOWN)}
     rows = [[False, True, False]]  # the init node keeps
@@ -647,7 +650,7 @@ def named_route(name: str, layers: int = 16) -> Tensor:
 
 
 # Each of these returns the cells (layer, scale) of a network, and the paths (layer, scale, path) by which it
-# goes up and down. It keeps wherever a cell has one of its scale behind it.
+# goes up and down. A cell keeps if the next layer has a cell at its scale.
 
 
 def _chain(wanted: list[int]) -> tuple[set, set]:
@@ -756,10 +759,10 @@ def _count_costs(backbone: Grid, height: int, width: int, count: str) -> Costs:
             h, w = max(h // 4, 1), max(w // 4, 1)
         gate = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
         gate += relu(c // 2, h, w) + c // 2 * len(node.paths)  # pooling, and the decision
-        if backbone.gate is None or paper and node is backbone.init:
-            gate = 0
         if paper and node is backbone.init:
-            cell = 0
+            cell = gate = 0
+        if backbone.gate is None:
+            gate = 0
         if paper and node in last:
             path = [0, 0, 0]
         cells.append(cell)

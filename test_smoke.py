@@ -666,7 +666,7 @@ def test_without_gates_every_alpha_is_1():
         for s, feature in enumerate(fixed(image)):
             expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())
             torch.testing.assert_close(feature, expected.expand_as(feature), atol=1e-10, rtol=0)
-            assert fixed.delivered[s] == bool(feature.any())
+            assert fixed.filled[s] == bool(feature.any())
 
 
 def test_routes_of_another_grid_are_refused():
