@@ -1168,20 +1168,23 @@ def write_experts(
     outputs = {"dispatcher": ["scores"]}
     if run.task == "segmentation":
         outputs |= {name: ["logits"] for name in fixed}
-    written = 0
-    for old in folder.glob("*"):  # of another export: they would not go with these
-        if re.fullmatch(rf"(expert-\d+|{COMMON}|dispatcher)\.(pt2|onnx)", old.name):
-            with contextlib.suppress(OSError):
-                old.unlink()
+    written, files = 0, set()
     for name, network in tqdm(networks.items(), "exporting", leave=False):
         network = fuse(copy.deepcopy(network).cpu().eval())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.export about itself
             program, example = export_program(network, stride, least, size)
             written += keep(folder / f"{name}.pt2", lambda file: torch.export.save(program, file))
+            files.add(f"{name}.pt2")
             if arguments.onnx:
                 write = functools.partial(write_onnx, program, example, outputs.get(name))
                 written += keep(folder / f"{name}.onnx", write)
+                files.add(f"{name}.onnx")
+    for old in folder.glob("*"):  # of another export: they would not go with these
+        known = re.fullmatch(rf"(expert-\d+|{COMMON}|dispatcher)\.(pt2|onnx)", old.name)
+        if known and old.name not in files and old.is_file():
+            with contextlib.suppress(OSError):
+                old.unlink()
     contents = {
         "task": run.task, "run": run.name, "variant": run.variant, "split": arguments.split,
         "keep": arguments.keep, "cut_from": arguments.cut_from,
