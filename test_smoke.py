@@ -2912,7 +2912,7 @@ def test_exported_experts_run_as_the_readme_says_and_hold_none_of_our_code(cut_o
     code += "torch.save([dispatcher(x).argmax().item(), logits], 'seen')\n"
     code += "import sys\nassert not {'routing', 'model', 'evaluate'} & sys.modules.keys()\n"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})
-    expert, logits = torch.load("seen")
+    expert, logits = torch.load("seen", weights_only=True)
     network = model.load_checkpoint(cut_out / "runs" / "seg" / "last.pt")[0]
     route = torch.tensor(read_json("DIR/experts.json")["routes"][f"expert-{expert}"])
     image = data.normalize(torch.from_numpy(picture).permute(2, 0, 1)[None])
