@@ -240,7 +240,10 @@ def in_onnxruntime(network, images: Tensor):
     session = onnxruntime.InferenceSession(
         converted.model_proto.SerializeToString(), options, providers=wanted)
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-    run = lambda: torch.from_numpy(session.run(None, feed)[0])  # noqa: E731
+
+    def run() -> Tensor:
+        return torch.from_numpy(session.run(None, feed)[0])
+
     return run, session.get_providers()[0].removesuffix("ExecutionProvider")
 
 

@@ -366,13 +366,8 @@ class RoutedBackbone(Grid):
         """Runs what is open for one image [1, 3, H, W]."""
         first = self.stem(x)
         arrived = [first]  # per node of the layer: [1, C, h, w], or None where nothing was delivered
-        _, C, H, W = first.shape
         dtype = torch.promote_types(first.dtype, torch.float32)
         no_logits = torch.zeros(1, 3, dtype=dtype, device=x.device)
-
-        def zeros(s):
-            y = first.new_zeros(1, C * 2**s, H // 2**s, W // 2**s)
-            return y.contiguous(memory_format=torch.channels_last)
 
         reached = torch.ones(1, 1, dtype=torch.bool)  # [1, n], on the CPU like all that decides what runs
         decided = []
@@ -403,9 +398,9 @@ class RoutedBackbone(Grid):
             reached = _reached_next(layer, reached, closed)
             for s in range(len(following)):
                 if following[s] is None and reached[0, s]:  # the closed paths of an open node deliver zeros
-                    following[s] = zeros(s)
+                    following[s] = _zeros_at(s, first)
             arrived = following
-        features = [zeros(s) if y is None else y for s, y in enumerate(arrived)]
+        features = [_zeros_at(s, first) if y is None else y for s, y in enumerate(arrived)]
         logits, alpha, reached = zip(*decided)
         return features, Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), [])
 
@@ -498,19 +493,13 @@ class FixedBackbone(Grid):
         """
         self._check_size(x)
         first = self.stem(x)
-        B, C, H, W = first.shape
-
-        def zeros(s):
-            y = first.new_zeros(B, C * 2**s, H // 2**s, W // 2**s)
-            return y.contiguous(memory_format=torch.channels_last)
-
         arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing arrives for any image
-        reached = first.new_ones(B, 1, dtype=torch.bool)  # [B, n]
+        reached = first.new_ones(first.shape[0], 1, dtype=torch.bool)  # [B, n]
         for layer, place in self._layers():
             route = self.rows[place]
             for s, row in enumerate(route):
                 if any(row) and arrived[s] is None:  # reached, but by zeros alone
-                    arrived[s] = zeros(s)
+                    arrived[s] = _zeros_at(s, first)
             weight = [[None] * 3] * len(layer)  # [n][3], each [B, 1, 1, 1]; None stands for 1
             if self.gate:
                 alpha, closed = self._weigh(layer, place, arrived, reached)
@@ -533,7 +522,7 @@ class FixedBackbone(Grid):
                 if self.gate:
                     _add(following, s, y, passes[:, s])
             arrived = following
-        return [zeros(s) if y is None else y for s, y in enumerate(arrived)]
+        return [_zeros_at(s, first) if y is None else y for s, y in enumerate(arrived)]
 
     def _weigh(self, layer, rows: slice, arrived: list, reached: Tensor) -> tuple[Tensor, Tensor]:
         """What the gates of a layer say, given what arrived and which nodes are reached, [B, n].
@@ -553,8 +542,15 @@ class FixedBackbone(Grid):
 
     def real_cost(self, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of any image by part: stem, cells, paths, gates, each int64 [1] on the CPU."""
-        opened = self.route[None].cpu()
+        opened = torch.tensor([self.rows])  # not from the buffer: a GPU would be waited for
         return self._sum_costs(self.costs(height, width, count), opened, opened.any(-1))
+
+
+def _zeros_at(s: int, first: Tensor) -> Tensor:
+    """Zeros [B, C·2^s, H/2^s, W/2^s] of scale s, for a stem's map `first` [B, C, H, W]."""
+    B, C, H, W = first.shape
+    y = first.new_zeros(B, C * 2**s, H // 2**s, W // 2**s)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None, rows: slice) -> Tensor:
