@@ -1409,8 +1409,8 @@ class ExpertViewer:
         overlay = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
         overlay = write_on(overlay, [f"expert {expert}"], [(2, 2)])
         words = f"expert {expert} of {experts}, by the dispatcher"
-        route = torch.tensor(about["routes"][f"expert-{expert}"])[1:].flatten().float()
-        return Shown(image, overlay, words, self.grid, route)
+        route = torch.tensor(about["routes"][f"expert-{expert}"])
+        return Shown(image, overlay, words, self.grid, as_drawn(route))
 
 
 def draw_objects(checkpoint: dict, image: Tensor, boxes, classes, masks=None, opacity: float = 0.5) -> Tensor:
@@ -1487,6 +1487,8 @@ def show(arguments: argparse.Namespace, viewer: Viewer | ExpertViewer) -> None:
             left.imshow(to_rgb(shown.image))
             left.axis("off")
             routes_panel(right, shown.grid, shown.route, COLORS[0], f"{path.name}: {shown.words}")
+            right.set_ylabel("stride")  # which `label_outer` takes for that of the picture
+            right.tick_params(labelleft=True)
             save_figure(figure, arguments.figures, f"route-{'-'.join(inside.parts)}")
     if failed or locked:
         which = ", ".join(map(str, (failed + locked)[:3])) + (" ..." if (failed + locked)[3:] else "")
@@ -1501,7 +1503,7 @@ class Shown:
     overlay: Tensor  # the same, with the prediction and the expert's number on it
     words: str  # its cost and its expert
     grid: list  # of the routing space; [] of a static network
-    route: Tensor | None  # [D], what of it is open
+    route: Tensor | None  # [D], as `routes_panel` draws it
 
 
 def describe_picture(viewer: Viewer | ExpertViewer, path: Path) -> Shown:
@@ -1930,6 +1932,11 @@ def draw_routes(run: RunResult, runs: list[RunResult], viewer: Viewer):
     return figure
 
 
+def as_drawn(route: Tensor) -> Tensor:
+    """A fixed route [1 + nodes, 3] as values for `routes_panel`, open paths as wide as an alpha of 0.4."""
+    return 0.4 * route[1:].flatten().float()
+
+
 def draw_fixed(panels: list[tuple], grid: list, title: str):
     """Fixed routes: panels are titles, routes bool [1 + nodes, 3] and colours."""
     columns, scales = min(2, len(panels)), 1 + max(scale for _, scale, _ in grid)
@@ -1939,7 +1946,7 @@ def draw_fixed(panels: list[tuple], grid: list, title: str):
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, (words, route, color) in zip(axes.flat, panels):
-        routes_panel(ax, grid, 0.4 * route[1:].flatten().float(), color, words)
+        routes_panel(ax, grid, as_drawn(route), color, words)
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure
 
