@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import importlib.util
@@ -62,8 +61,8 @@ import data
 from kmeans import Clusters, agreement, describe_collapse, inter_intra, intra_to_centre, kmeans
 from model import (
     VARIANTS, Dispatcher, Exportable, InputError, Parser, Process, cores_per_process, fit_dispatcher,
-    load_checkpoint, load_published, make_folder, number, one_line_errors, read_file, start_process,
-    write_file,
+    load_checkpoint, load_published, make_folder, number, one_line_errors, published_results, read_file,
+    start_process, write_file,
 )
 from routing import OPEN, Grid, fuse, nodes_per_layer, pad_to_stride
 
@@ -1526,9 +1525,14 @@ def describe_picture(viewer: Viewer | ExpertViewer, path: Path) -> Shown:
 
 METHODS = {
     "dr-a": "DR-A", "dr-b": "DR-B", "dr-c": "DR-C", "dr-raw": "DR-Raw", "divdr-a": "DivDR-A",
-    "divdr-raw": "DivDR-Raw", "fixed-route": "Fixed route", "deeplabv3-r101": "DeepLabV3", "r50-fpn": "R-CNN",
+    "divdr-raw": "DivDR-Raw", "fixed-route": "Fixed route", "bisenet-r18": "BiSeNet",
+    "deeplabv3-r101": "DeepLabV3", "semantic-fpn-r101": "Semantic FPN", "pspnet-r101": "PSPNet",
+    "r50-fpn": "R-CNN",
 }
-STATIC_BACKBONES = {"deeplabv3-r101": "ResNet-101", "r50-fpn": "ResNet-50-FPN"}
+STATIC_BACKBONES = {
+    "bisenet-r18": "ResNet-18", "deeplabv3-r101": "ResNet-101-ASPP", "semantic-fpn-r101": "ResNet-101-FPN",
+    "pspnet-r101": "ResNet-101-PSP", "r50-fpn": "ResNet-50-FPN",
+}
 SCORES = ("mIoU", "box AP", "mask AP")
 OF_PAPERS = "What has a source is of Cityscapes val or COCO val2017"
 COLUMNS = (*SCORES, "GFLOPs", "Inter", "Intra", "To centre", "Recovered")  # the last: % of known subsets
@@ -1544,10 +1548,11 @@ SAME_SETTING = OTHER | {"eval_batch", "seed"}
 OF_VARIANT = {"lambda1", "budget", "lambda2"}
 
 
-def published_rows(scores) -> list[dict[str, str]]:
-    """The rows of assets/published.csv that have one of these scores, by its columns."""
-    with open(Path(__file__).with_name("assets") / "published.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["measure"] in scores]
+def published_of(runs: list[RunResult]) -> list[dict[str, str]]:
+    """The rows of the papers' tables that are of the tasks of the runs, by the columns of published.csv."""
+    tasks = {run.task for run in runs}
+    of_task = {"mIoU": "segmentation", "box AP": "detection", "mask AP": "detection"}
+    return [row for row in published_results() if of_task[row["measure"]] in tasks]
 
 
 def table_count(counts) -> str:
@@ -1570,9 +1575,10 @@ def numbers_of(metrics: dict) -> dict[str, float]:
     return {column: number for column, number in numbers.items() if number is not None}
 
 
-def columns_of(runs: list[RunResult]) -> list[str]:
-    """The columns in which any of the runs has a number."""
-    return [column for column in COLUMNS if any(column in run.numbers for run in runs)]
+def columns_of(runs: list[RunResult], paper=()) -> list[str]:
+    """The columns in which any of the runs has a number, and the scores that a row of the papers has."""
+    found = {row["measure"] for row in paper}.union(*(run.numbers for run in runs))
+    return [column for column in COLUMNS if column in found]
 
 
 @dataclass
@@ -1665,8 +1671,8 @@ def group_runs(runs: list[RunResult], apart_from: str | None = None) -> list[Set
 
 def make_table(runs: list[RunResult], published: bool) -> list[list[str]]:
     """Header and rows as text: one for each setting, then the papers'. Empty columns are left out."""
-    settings, columns, split = group_runs(runs), columns_of(runs), runs[0].metrics["split"]
-    paper = published_rows(columns) if published else []
+    paper = published_of(runs) if published else []
+    settings, columns, split = group_runs(runs), columns_of(runs, paper), runs[0].metrics["split"]
     told = list(settings[0].differing)
     if any(row["k"] for row in paper) and "k" not in told:
         told.append("k")
@@ -2231,22 +2237,24 @@ def draw_training(run: RunResult, runs: list[RunResult], viewer: Viewer):
 # ---- comparisons ----
 
 
-def trade_off_points(runs: list[RunResult], score: str, published: bool) -> list[tuple]:
+def trade_off_points(runs: list[RunResult], score: str, paper: list[dict[str, str]]) -> list[tuple]:
     """Per setting, and per published row: label, (GFLOPs, deviation), (score, deviation), colour, fill."""
-    points, colors = [], COLORS[2:] if published else COLORS  # of the first two are the papers' methods
+    points, colors = [], COLORS[3:] if paper else COLORS  # the first three are of published rows
     for setting, color in zip(group_runs(runs), itertools.cycle(colors)):
         count = f" ({len(setting.runs)} runs)" if len(setting.runs) > 1 else ""
         place = setting.mean_std("GFLOPs"), setting.mean_std(score)
         points.append((setting.label + count, *place, color, color))
-    for row in published_rows([score]) if published else []:
-        if row["source"] in ("DivDR Table 2", "DivDR Table 3"):  # single runs
+    for row in paper:
+        if row["measure"] != score:
             continue
-        color = COLORS[1] if row["backbone"].startswith("Layer") else "0.4"
-        if row["method"].startswith("DivDR"):
+        color = COLORS[2] if row["source"].startswith("DR ") else COLORS[1]  # Dynamic Routing's own numbers
+        if not row["gate"]:
+            color = "0.4"
+        elif row["method"].startswith("DivDR"):
             color = COLORS[0]
         x = float(row["gflops"]), float(row["gflops_std"] or 0)
         y = float(row["score"]), float(row["score_std"] or 0)
-        label = with_gate(row["method"], row["gate"])
+        label = with_gate(row["method"], row["gate"]) + (f", K {row['k']}" if row["k"] else "")
         points.append((f"{label} ({row['source']})", x, y, color, "white"))
     return points
 
@@ -2254,11 +2262,12 @@ def trade_off_points(runs: list[RunResult], score: str, published: bool) -> list
 def draw_trade_off(runs: list[RunResult], published: bool):
     """Score against GFLOPs, a point for each setting with its deviation over seeds (figure 8 of the paper).
 
-    With `published` the papers' points are there too, as open markers.
+    With `published` the papers' points are there too, as open markers: blue DivDR, orange Dynamic Routing in
+    the DivDR paper, green Dynamic Routing's own numbers, grey static networks.
     """
-    panels = {}
-    for score in [column for column in columns_of(runs) if column in SCORES]:
-        panels[score] = trade_off_points([run for run in runs if score in run.numbers], score, published)
+    paper, panels = published_of(runs) if published else [], {}
+    for score in [column for column in columns_of(runs, paper) if column in SCORES]:
+        panels[score] = trade_off_points([run for run in runs if score in run.numbers], score, paper)
     if not panels:
         return None
     heights = [max(3.2, 0.18 * len(points)) for points in panels.values()]  # the legend has a line for each
@@ -2273,8 +2282,9 @@ def draw_trade_off(runs: list[RunResult], published: bool):
             ax.set_xscale("log")
         else:
             ax.locator_params(axis="x", nbins=5)
-        shown = next(run for run in runs if score in run.numbers)
-        count, where = table_count(shown.result.flops), f"{shown.metrics['dataset']} {shown.metrics['split']}"
+        shown = next((run for run in runs if score in run.numbers), None)
+        count = table_count((shown or runs[0]).result.flops)
+        where = f"{shown.metrics['dataset']} {shown.metrics['split']}" if shown else "published"
         ax.set(xlabel=f"GFLOPs per image, count: {count}", ylabel=f"{score}, %, {where}")
         ax.margins(0.1)
         ax.grid(color="0.9", lw=0.5)

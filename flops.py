@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from kmeans import kmeans
 from model import (
     VARIANTS, Exportable, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors,
-    read_route, start_process,
+    published_results, read_route, start_process,
 )
 from routing import DOWN, KEEP, OPEN, ROUTES, UP, RoutedBackbone, fuse, resize
 
@@ -66,11 +66,26 @@ def print_published() -> None:
     for label, layers, scales, classes, height, width in PUBLISHED:
         costs = [open_cost(layers, scales, classes, height, width, *kind) / 1e9 for kind in kinds]
         print(f"{label:16}{f'{height}x{width}':>12}" + "".join(f"{cost:14.3f}" for cost in costs))
-    static = build_model("r50-fpn", "detection", 80)
-    paper, exact = (static.real_cost(None, 800, 800, count)["network"] / 1e9 for count in static.counts)
-    paper, exact = paper.item(), exact.item()
-    numbers = f"{paper:14.3f}{'-':>14}{exact:14.3f}{'-':>14}"
-    print(f"{'ResNet-50-FPN':16}{'800x800':>12}{numbers}   (torchvision's; paper: convolutions alone)")
+    print("\nStatic networks, beside what is published of them; paper: convolutions and linear layers alone")
+    titles = ("paper", "exact", "published", "difference")
+    print(f"{'network':32}{'--variant':19}{'input':>9}" + "".join(f"{title:>11}" for title in titles))
+    for row in published_results():
+        if not row["gate"]:
+            print_static(row)
+
+
+def print_static(row: dict[str, str]) -> None:
+    """A row of the papers' tables, and what that network costs here if it can be built."""
+    variant, published = row["variant"], float(row["gflops"])
+    task, classes, size = "detection", 80, (800, 800)
+    if row["measure"] == "mIoU":
+        task, classes, size = "segmentation", 19, (1024, 2048)
+    line = f"{row['method'] + ', ' + row['backbone']:32}{variant or '-':19}{'x'.join(map(str, size)):>9}"
+    if not variant:
+        return print(f"{line}{'-':>11}{'-':>11}{published:11.1f}{'-':>11}")
+    model = build_model(variant, task, classes)
+    paper, exact = (model.real_cost(None, *size, count)["network"].item() / 1e9 for count in model.counts)
+    print(f"{line}{paper:11.3f}{exact:11.3f}{published:11.1f}{f'{100 * (paper / published - 1):+.1f} %':>11}")
 
 
 def print_cost(argv: list[str]) -> None:

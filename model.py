@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import ctypes
 import functools
 import json
@@ -35,14 +36,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18, resnet101
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.segmentation import deeplabv3_resnet101
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import (
+    Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign, SqueezeExcitation,
+)
 from tqdm import tqdm
 
 from routing import (
@@ -67,7 +73,7 @@ class Variant:
     lambda2: float = 0.0  # weight of the clustering loss
     static: str | None = None  # the one task of a network without gates; None: routed, for every task
     full_in_detection: bool = False  # its gates are full there
-    of_torchvision: bool = False  # not in the routing space, and of one size
+    of_torchvision: bool = False  # a ResNet with a head, of one size; not in the routing space
 
     def gate(self, task: str) -> str | None:
         """The kind of gate, "full" or "small"; None of a static network."""
@@ -85,7 +91,10 @@ VARIANTS = {
     "divdr-a": Variant(lambda1=0.8, budget=0.1, lambda2=0.02),
     "divdr-raw": Variant(lambda2=0.02),
     "fixed-route": Variant(static="segmentation"),
+    "bisenet-r18": Variant(static="segmentation", of_torchvision=True),
     "deeplabv3-r101": Variant(static="segmentation", of_torchvision=True),
+    "semantic-fpn-r101": Variant(static="segmentation", of_torchvision=True),
+    "pspnet-r101": Variant(static="segmentation", of_torchvision=True),
     "r50-fpn": Variant(static="detection", of_torchvision=True),
 }
 
@@ -93,6 +102,15 @@ VARIANTS = {
 def variants_of(task: str) -> list[str]:
     """The names in `VARIANTS` that "segmentation" or "detection" can be trained with."""
     return [name for name, variant in VARIANTS.items() if variant.static in (None, task)]
+
+
+def published_results() -> list[dict[str, str]]:
+    """The rows of the papers' tables, from assets/published.csv, by its columns.
+
+    `variant` is the network here that is the row's, of static ones alone; `gate` is empty of static ones.
+    """
+    with open(Path(__file__).with_name("assets") / "published.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def build_model(
@@ -140,7 +158,7 @@ def build_model(
             pyramid = resnet50_fpn(frozen) if static else RoutedPyramid(*size, channels or 256)
             model = Detector(num_classes, pyramid, **detector)
         elif of_torchvision:
-            model = StaticSegmenter(deeplabv3_resnet101, num_classes)
+            model = StaticSegmenter(variant, num_classes)
         elif static:
             backbone = FixedBackbone(torch.as_tensor(route), layers, size[1], gate=None)
             coarsest = max(s for s, filled in enumerate(backbone.filled) if filled)
@@ -289,15 +307,18 @@ class FixedSegmenter(nn.Module):
 
 
 class StaticSegmenter(nn.Module):
-    """A torchvision segmentation network behind the interface of the routed ones: no gates, one cost."""
+    """One of `NETWORKS` behind the interface of the routed models: no gates, one cost.
 
-    counts = ("exact",)
+    The paper count is of convolutions and linear layers alone, as the papers count such networks.
+    """
+
+    counts = ("paper", "exact")
     dim = 0
 
-    def __init__(self, build, num_classes: int):
+    def __init__(self, variant: str, num_classes: int):
         super().__init__()
-        options = dict(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
-        self.build = functools.partial(build, **options)
+        self.resnet = "ResNet-" + variant.rpartition("-r")[2]
+        self.build = functools.partial(NETWORKS[variant], num_classes)
         self.network = self.build()
 
     def forward(self, images: Tensor) -> SegmentationOutput:
@@ -305,9 +326,9 @@ class StaticSegmenter(nn.Module):
         routes = Routes.none(len(images))
         return SegmentationOutput(logits, routes.A, logits.new_zeros(len(images)), routes)
 
-    def real_cost(self, routes: Routes, height: int, width: int, count: str = "exact") -> dict[str, Tensor]:
+    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of an image, int64 [1]: every image costs the same."""
-        return {"network": static_cost(self.build, height, width, elementwise=count != "conv")}
+        return {"network": static_cost(self.build, height, width, elementwise=count == "exact")}
 
 
 def read_route(text: str, layers: int) -> Tensor:
@@ -375,6 +396,133 @@ def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
         decide.weight.copy_(weight)
         decide.bias.copy_(bias.clamp(min=-1e30))  # log(0): no image goes there
     return decide
+
+
+# ============ segmentation networks of other papers ============
+
+# As torchvision's: images [B, 3, H, W] of any size -> {"out": logits [B, classes, H, W]}, and a `backbone`
+# that takes torchvision's weights of its ResNet. None has the auxiliary classifiers that some of the papers
+# train with: the loss is that of all other models.
+
+
+def resnet_stages(build, dilated: bool = False) -> nn.Module:
+    """A ResNet of torchvision without its classifier: images -> {"1": map, ..., "4": map}, one of each stage.
+
+    Their strides are 4, 8, 16 and 32; dilated, the last two stay at 8.
+    """
+    resnet = build(weights=None, replace_stride_with_dilation=(False, dilated, dilated))
+    return IntermediateLayerGetter(resnet, {f"layer{stage}": str(stage) for stage in range(1, 5)})
+
+
+def enlarge(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, C, h, w] at the height and width of `like`, bilinear."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def deeplabv3(num_classes: int) -> nn.Module:
+    """torchvision's, on ResNet-101 with stride 8."""
+    return deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
+
+
+class SemanticFPN(nn.Module):
+    """ResNet-101-FPN with the semantic segmentation branch of Kirillov et al., Panoptic Feature Pyramid
+    Networks, section 3.1."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.backbone = resnet_stages(resnet101)
+        self.pyramid = FeaturePyramidNetwork([256, 512, 1024, 2048], 256)
+        self.branches = nn.ModuleList(self.to_stride_4(doublings) for doublings in range(4))
+        self.predictor = nn.Conv2d(128, num_classes, 1)
+
+    @staticmethod
+    def to_stride_4(doublings: int) -> nn.Sequential:
+        layers, channels = [], 256
+        for _ in range(max(doublings, 1)):
+            layers += [nn.Conv2d(channels, 128, 3, padding=1, bias=False), nn.GroupNorm(32, 128)]
+            layers.append(nn.ReLU(inplace=True))
+            if doublings:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+            channels = 128
+        return nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        images = pad_to_stride(images, 32)  # maps of any other size would not meet when they are doubled
+        maps = self.pyramid(self.backbone(images)).values()
+        y = sum(branch(x) for branch, x in zip(self.branches, maps))
+        logits = at_least_float32(self.predictor(y))
+        return {"out": enlarge(logits, images)[..., :height, :width]}
+
+
+class PSPNet(nn.Module):
+    """ResNet-101 with stride 8 and the pyramid pooling of Zhao et al., Pyramid Scene Parsing Network, section
+    3.2."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.backbone = resnet_stages(resnet101, dilated=True)
+        self.pools = nn.ModuleList()
+        for bins in (1, 2, 3, 6):
+            pool = nn.Sequential(nn.AdaptiveAvgPool2d(bins), Conv2dNormActivation(2048, 512, 1))
+            self.pools.append(pool)
+        self.predictor = nn.Sequential(
+            Conv2dNormActivation(2 * 2048, 512, 3), nn.Dropout2d(0.1), nn.Conv2d(512, num_classes, 1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.backbone(images)["4"]
+        pooled = [enlarge(pool(x), x) for pool in self.pools]
+        logits = at_least_float32(self.predictor(torch.cat([x, *pooled], 1)))
+        return {"out": enlarge(logits, images)}
+
+
+class AttentionRefinement(nn.Module):
+    """Of BiSeNet: a 3x3 convolution to 128 channels, each then weighted by what the whole map says."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2dNormActivation(channels, 128, 3)
+        sigmoid = dict(activation_layer=nn.Sigmoid, inplace=None)
+        self.weight = nn.Sequential(nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(128, 128, 1, **sigmoid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.weight(x)
+
+
+class BiSeNet(nn.Module):
+    """Yu et al., BiSeNet: Bilateral Segmentation Network for Real-time Semantic Segmentation, section 3, on
+    ResNet-18; channels, and the convolutions `refine`, are those of the authors' code."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.backbone = resnet_stages(resnet18)
+        self.spatial = nn.Sequential(
+            Conv2dNormActivation(3, 64, 7, stride=2), Conv2dNormActivation(64, 64, 3, stride=2),
+            Conv2dNormActivation(64, 64, 3, stride=2), Conv2dNormActivation(64, 128, 1))
+        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(512, 128, 1))
+        self.attend = nn.ModuleList([AttentionRefinement(512), AttentionRefinement(256)])
+        self.refine = nn.ModuleList(Conv2dNormActivation(128, 128, 3) for _ in range(2))
+        self.fuse = Conv2dNormActivation(2 * 128, 256, 1)
+        self.select = SqueezeExcitation(256, 256)
+        self.predictor = nn.Sequential(Conv2dNormActivation(256, 64, 3), nn.Conv2d(64, num_classes, 1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        _, stride8, stride16, stride32 = self.backbone(images).values()
+        y = self.context(stride32)  # [B, 128, 1, 1]
+        y = self.refine[0](enlarge(self.attend[0](stride32) + y, stride16))
+        y = self.refine[1](enlarge(self.attend[1](stride16) + y, stride8))
+        y = self.fuse(torch.cat([self.spatial(images), y], 1))
+        logits = at_least_float32(self.predictor(y + self.select(y)))
+        return {"out": enlarge(logits, images)}
+
+
+NETWORKS = {
+    "bisenet-r18": BiSeNet,
+    "deeplabv3-r101": deeplabv3,
+    "semantic-fpn-r101": SemanticFPN,
+    "pspnet-r101": PSPNet,
+}
 
 
 # ============ detection ============
@@ -617,9 +765,10 @@ def static_cost(build, height: int, width: int, elementwise: bool) -> Tensor:
 
 def count_multiply_adds(network: nn.Module, image, elementwise: bool = True) -> int:
     """Multiply-adds of one forward pass as the papers count: convolutions and linear layers, and, where
-    `elementwise`, 2 per element of batch norm, 1 of ReLU and of pooling; not resizing and additions."""
-    per_element = {nn.BatchNorm2d: 2, FrozenBatchNorm2d: 2, nn.ReLU: 1, nn.MaxPool2d: 1}
-    per_element[nn.AdaptiveAvgPool2d] = 1
+    `elementwise`, 2 per element of batch and group norm, 1 of ReLU and of pooling; not resizing, sigmoids and
+    additions."""
+    per_element = {nn.BatchNorm2d: 2, FrozenBatchNorm2d: 2, nn.GroupNorm: 2}
+    per_element |= {nn.ReLU: 1, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1}
     total = 0
 
     def add(module, inputs, output):
@@ -816,13 +965,13 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
 
     A model of the routing space takes a checkpoint of ours, for either task, or its weights alone, or one of
     Dynamic Routing's authors. Gates and head may be missing in it, as in the authors' ImageNet backbones
-    "Fix". `r50-fpn` takes torchvision's ImageNet weights of ResNet-50, `deeplabv3-r101` those of ResNet-101.
-    Raises InputError where the file cannot be read or does not fit.
+    "Fix". A network on a ResNet of torchvision's takes torchvision's ImageNet weights of that ResNet. Raises
+    InputError where the file cannot be read or does not fit.
     """
     if not model.dim and not isinstance(model, FixedSegmenter):
         detector = isinstance(model, Detector)
         body = model.pyramid.body if detector else model.network.backbone
-        wanted = f"torchvision's weights of ResNet-{50 if detector else 101}"
+        wanted = f"torchvision's weights of {'ResNet-50' if detector else model.resnet}"
         report = load_matching(body, read_file(path, wanted))
         if report.missing:
             raise InputError(f"--init {path}: not {wanted}: no {report.missing[0]}")

@@ -557,7 +557,9 @@ def test_a_static_network_counts_what_runs():
 
 def test_the_commands_of_flops_print_what_they_measured(monkeypatch):
     monkeypatch.setattr(flops, "PUBLISHED", flops.PUBLISHED[3:])
-    assert len(re.findall(r"38\.336|33\.110|88\.381", succeeds(flops.main))) == 3
+    out = succeeds(flops.main)
+    assert len(re.findall(r"38\.336|33\.110", out)) == 2 and len(re.findall(r"88\.381.* 88\.4", out)) == 2
+    assert re.search(r"PSPNet.* 2036\.823 .* 2017\.6 +\+1\.0 %", out) and "Xception" in out
     assert "the budget is a share" in succeeds(flops.main, "--variant divdr-a --size 64 64 --layers 4")
     out = succeeds(flops.main, "kmeans --n 400 --dim 8 --k 2 3 --iters 5 --runs 2")
     assert out.count("kmeans.py") >= 2 and "K = 3" in out
@@ -1369,7 +1371,123 @@ def test_a_static_baseline_runs_through_the_same_loop(monkeypatch):
     drawn = {name for name, figure in figures if figure}
     assert drawn == {"predictions-static", "training-static", "trade-off"}
     metrics = read_json("runs/static/metrics.json")
-    assert list(metrics["gflops"]) == ["exact"] and "inter" not in metrics
+    assert list(metrics["gflops"]) == ["paper", "exact"] and "inter" not in metrics
+
+
+OTHER_PAPERS = ("bisenet-r18", "semantic-fpn-r101", "pspnet-r101")
+
+
+@pytest.fixture
+def shallow_resnets(monkeypatch):
+    """One block per stage: as wide, but quick to run and to write."""
+    blocks = torchvision.models.resnet
+    for name, block in (("resnet18", blocks.BasicBlock), ("resnet101", blocks.Bottleneck)):
+        monkeypatch.setattr(model, name, functools.partial(shallow_resnet, block))
+
+
+def shallow_resnet(block, weights, **options):
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], **options)
+
+
+def logits_of_another_paper(variant, images, network):
+    """The networks once more, function by function, from the maps of their ResNet, in evaluation."""
+    weights, maps = network.state_dict(), [*network.backbone(images).values()]
+
+    def conv(x, name, activation=F.relu, stride=1):
+        """A convolution without bias, NAME.0, batch norm, NAME.1, and an activation."""
+        w = weights[f"{name}.0.weight"]
+        norm = [weights[f"{name}.1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        mean, variance, scale, bias = (values[:, None, None] for values in norm)
+        x = F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
+        return activation((x - mean) / (variance + 1e-5).sqrt() * scale + bias)
+
+    def plain(x, name):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def at(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear")
+
+    if variant == "pspnet-r101":
+        x = maps[3]
+        pooled = [conv(F.adaptive_avg_pool2d(x, b), f"pools.{i}.1") for i, b in enumerate((1, 2, 3, 6))]
+        y = conv(torch.cat([x, *(at(p, x) for p in pooled)], 1), "predictor.0")
+        return at(plain(y, "predictor.2"), images)
+    if variant == "semantic-fpn-r101":
+        total = 0
+        pyramid = network.pyramid(dict(enumerate(maps)))
+        for level in range(4):
+            x = pyramid[level]
+            for i in range(max(level, 1)):
+                name = f"branches.{level}.{4 * i}"
+                x = F.conv2d(x, weights[f"{name}.weight"], padding=1)
+                name = f"branches.{level}.{4 * i + 1}"
+                x = F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"]).relu()
+                if level:
+                    x = F.interpolate(x, scale_factor=2, mode="bilinear")
+            total = total + x
+        return F.interpolate(plain(total, "predictor"), scale_factor=4, mode="bilinear")
+    y = conv(maps[3].mean((2, 3), keepdim=True), "context.1")
+    for i, stage in enumerate((3, 2)):
+        x = conv(maps[stage], f"attend.{i}.conv")
+        x = x * conv(x.mean((2, 3), keepdim=True), f"attend.{i}.weight.1", torch.sigmoid)
+        y = conv(at(x + y, maps[stage - 1]), f"refine.{i}")
+    x = images
+    for i, stride in enumerate((2, 2, 2, 1)):
+        x = conv(x, f"spatial.{i}", stride=stride)
+    y = conv(torch.cat([x, y], 1), "fuse")
+    y = y + y * plain(plain(y.mean((2, 3), keepdim=True), "select.fc1").relu(), "select.fc2").sigmoid()
+    return at(plain(conv(y, "predictor.0"), "predictor.1"), images)
+
+
+@pytest.mark.parametrize("variant", OTHER_PAPERS)
+def test_the_networks_of_other_papers_compute_what_these_say(variant, shallow_resnets):
+    network = model.build_model(variant, "segmentation", 3).network
+    network.train()(torch.randn(4, 3, 64, 96))  # running statistics
+    network.eval().double()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    logits = network(images)["out"]
+    torch.testing.assert_close(logits, logits_of_another_paper(variant, images, network))
+    sizes = [tuple(x.shape[1:]) for x in network.backbone(images).values()]
+    strides = [64 // height for _, height, _ in sizes]
+    assert strides == ([4, 8, 8, 8] if variant == "pspnet-r101" else [4, 8, 16, 32])
+    assert network(images[..., :50, :70])["out"].shape == (2, 3, 50, 70)
+
+
+def test_the_networks_of_other_papers_cost_what_others_counted():
+    far = {"bisenet-r18": 1.055, "deeplabv3-r101": 1.085}  # the README says what makes the difference
+    rows = [row for row in csv.DictReader((HERE / "assets" / "published.csv").open()) if row["variant"]]
+    assert {row["variant"] for row in rows} == {*OTHER_PAPERS, "deeplabv3-r101", "r50-fpn"}
+    for row in rows:
+        task, classes, size = "detection", 80, (800, 800)
+        if row["measure"] == "mIoU":
+            task, classes, size = "segmentation", 19, (1024, 2048)
+        network = model.build_model(row["variant"], task, classes)
+        ratio = network.real_cost(None, *size, "paper")["network"].item() / 1e9 / float(row["gflops"])
+        if row["variant"] in far:
+            assert ratio == pytest.approx(far[row["variant"]], abs=0.001)
+        else:
+            assert ratio == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("variant", OTHER_PAPERS)
+def test_the_networks_of_other_papers_run_through_the_same_loop(variant, shallow_resnets):
+    write_camvid(count=4, size=(50, 70))  # no multiples of any stride
+    flags = "--dataset camvid --data camvid --crop 64 --short-sides 64 --batch 2 --iters 3 --bn-batches 1"
+    resnet = (model.resnet18 if variant == "bisenet-r18" else model.resnet101)(weights=None)
+    torch.save(resnet.state_dict(), "resnet.pth")
+    out = succeeds(train_seg.main, flags, f"--variant {variant} --init resnet.pth --name static", QUIET)
+    count = len(without_counters(resnet.state_dict())) - 2
+    assert f"{count} tensors matched, 0 missing, 2 left over (fc.weight" in out
+    trained = model.load_checkpoint("runs/static/last.pt")[0].network
+    for name, weight in resnet.named_parameters():
+        assert name.startswith("fc.") or not torch.equal(weight, trained.backbone.get_parameter(name))
+    wanted = "ResNet-18" if variant == "bisenet-r18" else "ResNet-101"
+    other = f"--variant {variant} --name other --init runs/static/last.pt"
+    refuses(lambda: run(train_seg.main, flags, other, QUIET), wanted)
+    succeeds(evaluate.main, "runs/static/last.pt", QUIET)
+    metrics, whole = read_json("runs/static/metrics.json"), model.build_model(variant, "segmentation", 11)
+    cost = whole.real_cost(None, 50, 70, "exact")["network"].item() / 1e9
+    assert metrics["gflops"]["exact"]["mean"] == pytest.approx(cost) and 0 <= metrics["miou"] <= 100
 
 
 # ============ data ============
@@ -2743,7 +2861,7 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation():
     assert set(markdown[1]) == set("|-: ") and len(set(map(len, markdown))) == 1
     assert evaluate.draw_ablations(runs).axes[0].lines[0].get_ydata().tolist() == [np.mean(scores[2]), 64.0]
     points = evaluate.draw_trade_off(runs, True).axes[0].get_legend().get_lines()
-    assert [line.get_markerfacecolor() == "white" for line in points] == [False] * 3 + [True] * 27
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False] * 3 + [True] * 31
 
 
 def test_runs_on_different_files_are_different_settings():

@@ -490,7 +490,7 @@ def make_optimizer(model: nn.Module, config: argparse.Namespace) -> torch.optim.
     weights: dict[tuple, list] = {(1.0, config.weight_decay): []}  # by factor of the rate, and weight decay
     for module in model.modules():
         factor = config.gate_lr if id(module) in in_gates else 1.0
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        is_norm = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
         group = weights.setdefault((factor, 0.0 if is_norm else config.weight_decay), [])
         group.extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     groups = []
