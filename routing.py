@@ -592,11 +592,11 @@ def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> N
     if total is None:
         following[to] = _weighted(y, weight)
         return
-    into = None if torch.is_grad_enabled() else total
+    in_place = not torch.is_grad_enabled()
     if weight is None:
-        following[to] = torch.add(total, y, out=into)
-    else:
-        following[to] = torch.addcmul(total, y, weight, out=into)  # one pass over the maps
+        following[to] = total.add_(y) if in_place else total + y
+    else:  # one pass over the maps
+        following[to] = total.addcmul_(y, weight) if in_place else torch.addcmul(total, y, weight)
 
 
 # ============ classic networks as routes ============

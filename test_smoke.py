@@ -2920,6 +2920,29 @@ def test_the_published_rows_are_all_there():
         "DR paper": 7, "DR repository": 7}
 
 
+def test_beside_a_run_stand_all_published_rows_of_its_task():
+    rows = list(csv.DictReader((HERE / "assets" / "published.csv").open()))
+    run = made_up_run("run", 60.0)
+    for task, scores in (("segmentation", ["mIoU"]), ("detection", ["box AP", "mask AP"])):
+        run.checkpoint["task"] = task
+        if task == "detection":
+            run.metrics |= {"miou": None, "box": {"AP": 30.0}}
+        header, _, *table = evaluate.make_table([run], published=True)
+        expected = [row for row in rows if row["measure"] in scores]
+        assert [name for name in header if name.endswith("val")] == [f"{score} val" for score in scores]
+        assert [row[0] for row in table] == [f"{row['method']} ({row['source']})" for row in expected]
+        for ax, score in zip(evaluate.draw_trade_off([run], True).axes, scores, strict=True):
+            of_score = [row for row in expected if row["measure"] == score]
+            lines = [line for line in ax.get_legend().get_lines() if line.get_markerfacecolor() == "white"]
+            assert len(lines) == len(of_score)
+            colors = {}
+            for line, row in zip(lines, of_score):
+                source = "DR" if row["source"].startswith("DR ") else "DivDR"
+                colors.setdefault((source, row["method"].split("-")[0]), set()).add(line.get_color())
+            if score == "mIoU":  # Dynamic Routing's own numbers, and the other paper's of it
+                assert not colors["DR", "Dynamic"] & colors["DivDR", "DR"]
+
+
 def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
     run, reference = made_up_run("divdr", 60.0), made_up_run("dr", 58.0, seed=1, variant="dr-a")
     centers = run.clusters.centers
