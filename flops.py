@@ -85,7 +85,8 @@ def print_static(row: dict[str, str]) -> None:
         return print(f"{line}{'-':>11}{'-':>11}{published:11.1f}{'-':>11}")
     model = build_model(variant, task, classes)
     paper, exact = (model.real_cost(None, *size, count)["network"].item() / 1e9 for count in model.counts)
-    print(f"{line}{paper:11.3f}{exact:11.3f}{published:11.1f}{f'{100 * (paper / published - 1):+.1f} %':>11}")
+    percent = round(100 * (paper / published - 1), 1) + 0.0  # no -0.0
+    print(f"{line}{paper:11.3f}{exact:11.3f}{published:11.1f}{f'{percent:+.1f} %':>11}")
 
 
 def print_cost(argv: list[str]) -> None:

@@ -73,7 +73,7 @@ class Variant:
     lambda2: float = 0.0  # weight of the clustering loss
     static: str | None = None  # the one task of a network without gates; None: routed, for every task
     full_in_detection: bool = False  # its gates are full there
-    of_torchvision: bool = False  # a ResNet with a head, of one size; not in the routing space
+    on_resnet: bool = False  # a ResNet of torchvision's with a head: of one size
 
     def gate(self, task: str) -> str | None:
         """The kind of gate, "full" or "small"; None of a static network."""
@@ -91,11 +91,11 @@ VARIANTS = {
     "divdr-a": Variant(lambda1=0.8, budget=0.1, lambda2=0.02),
     "divdr-raw": Variant(lambda2=0.02),
     "fixed-route": Variant(static="segmentation"),
-    "bisenet-r18": Variant(static="segmentation", of_torchvision=True),
-    "deeplabv3-r101": Variant(static="segmentation", of_torchvision=True),
-    "semantic-fpn-r101": Variant(static="segmentation", of_torchvision=True),
-    "pspnet-r101": Variant(static="segmentation", of_torchvision=True),
-    "r50-fpn": Variant(static="detection", of_torchvision=True),
+    "bisenet-r18": Variant(static="segmentation", on_resnet=True),
+    "deeplabv3-r101": Variant(static="segmentation", on_resnet=True),
+    "semantic-fpn-r101": Variant(static="segmentation", on_resnet=True),
+    "pspnet-r101": Variant(static="segmentation", on_resnet=True),
+    "r50-fpn": Variant(static="detection", on_resnet=True),
 }
 
 
@@ -140,10 +140,11 @@ def build_model(
     if variant not in variants_of(task):
         names = ", ".join(variants_of(task))
         raise InputError(f"--variant {variant}: not a network for {task}; choose one of {names}")
-    static, of_torchvision = VARIANTS[variant].static, VARIANTS[variant].of_torchvision
+    static, on_resnet = VARIANTS[variant].static, VARIANTS[variant].on_resnet
     channels, frozen = detector.pop("pyramid", None), detector.pop("frozen", False)
-    if of_torchvision and (layers, width, gate, channels) != (None,) * 4:
-        raise InputError(f"--layers, --width, --gate and --pyramid: {variant} is a network of fixed size")
+    for flag, value in dict(layers=layers, width=width, gate=gate, pyramid=channels).items():
+        if on_resnet and value is not None:
+            raise InputError(f"--{flag} {value}: {variant} is a network of one size; leave it out")
     if variant == "fixed-route" and route is None:
         raise InputError(f"--variant {variant}: say which with --route: {', '.join(ROUTES)}, or a json")
     if variant != "fixed-route" and route is not None:
@@ -157,7 +158,7 @@ def build_model(
         if task == "detection":
             pyramid = resnet50_fpn(frozen) if static else RoutedPyramid(*size, channels or 256)
             model = Detector(num_classes, pyramid, **detector)
-        elif of_torchvision:
+        elif on_resnet:
             model = StaticSegmenter(variant, num_classes)
         elif static:
             backbone = FixedBackbone(torch.as_tensor(route), layers, size[1], gate=None)
@@ -432,27 +433,23 @@ class SemanticFPN(nn.Module):
         super().__init__()
         self.backbone = resnet_stages(resnet101)
         self.pyramid = FeaturePyramidNetwork([256, 512, 1024, 2048], 256)
-        self.branches = nn.ModuleList(self.to_stride_4(doublings) for doublings in range(4))
+        self.branches = nn.ModuleList()  # of each level: a convolution for each doubling, at least one
+        group_norm = functools.partial(nn.GroupNorm, 32)
+        for level in range(4):
+            widths = [256] + [128] * max(level, 1)
+            convs = [Conv2dNormActivation(*pair, norm_layer=group_norm) for pair in zip(widths, widths[1:])]
+            self.branches.append(nn.ModuleList(convs))
         self.predictor = nn.Conv2d(128, num_classes, 1)
 
-    @staticmethod
-    def to_stride_4(doublings: int) -> nn.Sequential:
-        layers, channels = [], 256
-        for _ in range(max(doublings, 1)):
-            layers += [nn.Conv2d(channels, 128, 3, padding=1, bias=False), nn.GroupNorm(32, 128)]
-            layers.append(nn.ReLU(inplace=True))
-            if doublings:
-                layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
-            channels = 128
-        return nn.Sequential(*layers)
-
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        height, width = images.shape[-2:]
-        images = pad_to_stride(images, 32)  # maps of any other size would not meet when they are doubled
-        maps = self.pyramid(self.backbone(images)).values()
-        y = sum(branch(x) for branch, x in zip(self.branches, maps))
-        logits = at_least_float32(self.predictor(y))
-        return {"out": enlarge(logits, images)[..., :height, :width]}
+        maps = list(self.pyramid(self.backbone(images)).values())
+        total = 0
+        for level, (x, branch) in enumerate(zip(maps, self.branches)):
+            for i, conv in enumerate(branch):
+                x = enlarge(conv(x), maps[max(level - 1 - i, 0)])  # the next finer level; level 0 stays
+            total = total + x
+        logits = at_least_float32(self.predictor(total))
+        return {"out": enlarge(logits, images)}
 
 
 class PSPNet(nn.Module):
@@ -491,8 +488,10 @@ class AttentionRefinement(nn.Module):
 
 
 class BiSeNet(nn.Module):
-    """Yu et al., BiSeNet: Bilateral Segmentation Network for Real-time Semantic Segmentation, section 3, on
-    ResNet-18; channels, and the convolutions `refine`, are those of the authors' code."""
+    """Yu et al., BiSeNet: Bilateral Segmentation Network for Real-time Semantic Segmentation, on ResNet-18.
+
+    Layers and channels are those of the authors' code, which has more convolutions than section 3 names.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -765,8 +764,8 @@ def static_cost(build, height: int, width: int, elementwise: bool) -> Tensor:
 
 def count_multiply_adds(network: nn.Module, image, elementwise: bool = True) -> int:
     """Multiply-adds of one forward pass as the papers count: convolutions and linear layers, and, where
-    `elementwise`, 2 per element of batch and group norm, 1 of ReLU and of pooling; not resizing, sigmoids and
-    additions."""
+    `elementwise`, 2 per element of batch and group norm, 1 of ReLU and of pooling; not resizing, sigmoids,
+    sums and products of maps."""
     per_element = {nn.BatchNorm2d: 2, FrozenBatchNorm2d: 2, nn.GroupNorm: 2}
     per_element |= {nn.ReLU: 1, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1}
     total = 0
@@ -926,7 +925,7 @@ def published_weights(contents: dict) -> dict[str, Tensor] | None:
     weights = {}
     for name, value in found.items():
         if isinstance(value, (Tensor, np.ndarray)):
-            weights[from_published_name(name)] = torch.as_tensor(value)
+            weights[from_published_name(str(name))] = torch.as_tensor(value)
     first = weights.get(FIRST)
     if first is None or first.dim() != 4 or first.shape[1] != 3:
         return None
@@ -951,6 +950,7 @@ class Initialized(NamedTuple):
 def load_matching(model: nn.Module, found: dict[str, Tensor]) -> Initialized:
     """Loads what fits the model by name and shape; the rest of the model stays as it is."""
     state = model.state_dict()
+    found = {str(name): weight for name, weight in found.items()}  # a file may have numbers as names
     found = {name: weight for name, weight in found.items() if not name.endswith("num_batches_tracked")}
     fits = {}
     for name, weight in found.items():
@@ -975,6 +975,9 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
         report = load_matching(body, read_file(path, wanted))
         if report.missing:
             raise InputError(f"--init {path}: not {wanted}: no {report.missing[0]}")
+        for name in report.left_over:
+            if not name.startswith("fc."):  # the classifier
+                raise InputError(f"--init {path}: not {wanted}: there is also {name}")
         return report
     contents = read_file(path, ANY_CHECKPOINT)
     weights = published_weights(contents) or contents.get("weights", contents)
@@ -982,6 +985,7 @@ def initialize(model: nn.Module, path: Path | str) -> Initialized:
     prefix = "rcnn.backbone." if isinstance(model, Detector) else ""  # of the same backbone's names
     found = {}
     for name, weight in weights.items():
+        name = str(name)
         if name.startswith("rcnn.backbone.backbone."):
             name = name.removeprefix("rcnn.backbone.")
         found[prefix + name if name.startswith("backbone.") else name] = weight

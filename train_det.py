@@ -72,7 +72,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     if config.name is None:
         kind = "masks" if config.masks else "boxes"
         config.name = f"{config.dataset}-{kind}-{config.variant}-seed{config.seed}"
-    config = complete(config, RECIPES)
+    config = complete(parser, config, RECIPES)
     if config.lr_steps is None:
         config.lr_steps = [round(config.iters * 2 / 3), round(config.iters * 8 / 9)]
     return config

@@ -67,6 +67,12 @@ RECIPES = {
 # Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and what gates, which start
 # at random, have of it.
 FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
+# Settings that networks without gates have no use for.
+OF_GATES = (
+    "gate_lr", "lambda1", "budget", "lambda2", "lambda2_start", "margin", "k", "kmeans_every",
+    "kmeans_anneal", "kmeans_restarts", "activations", "bank_momentum", "bank_age", "own", "metric", "oracle",
+    "gate_space",
+)
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +98,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
     check_own_files(parser, config)
-    return complete(config, recipes)
+    return complete(parser, config, recipes)
 
 
 def check_own_files(parser: Parser, config: argparse.Namespace) -> None:
@@ -134,7 +140,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     defaults = recipes.get(chosen.dataset, {}) | dict(
         gate=variant.gate(task), lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2,
         warmup=None, lr=None, clip=5.0)
-    if variant.of_torchvision:  # a network of fixed size, whose reference clips nothing
+    if variant.on_resnet:  # a network of fixed size, whose reference clips nothing
         defaults |= dict(layers=None, width=None, pyramid=None, clip=0.0)
     parser = Parser(description)
     parser.set_defaults(**defaults)
@@ -222,8 +228,16 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     return parser
 
 
-def complete(config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
-    """Fills in the settings that follow from others; k stays None where there is nothing to cluster."""
+def complete(parser: Parser, config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
+    """Fills in the settings that follow from others; k stays None where there is nothing to cluster.
+
+    Refuses those that a network without gates never reads.
+    """
+    if VARIANTS[config.variant].static:
+        for name in OF_GATES:
+            if getattr(config, name) != parser.get_default(name):
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag}: does not apply to {config.variant}, which has no gates")
     if config.name is None:
         network = re.sub(r"[^\w.-]+", "-", config.route) if vars(config).get("route") else config.variant
         config.name = f"{config.dataset}-{network}-seed{config.seed}"
@@ -243,16 +257,13 @@ def shapes_options(config: argparse.Namespace) -> dict:
 
 def settle(config: argparse.Namespace, process: Process) -> None:
     """Raises InputError for settings that do not go together or not with the device; fills in --amp."""
-    variant, device, static = config.variant, process.device, VARIANTS[config.variant].static
+    variant, device = config.variant, process.device
     alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     route = vars(config).get("route")
     if route and variant != "fixed-route":
         raise InputError(f"--route {route}: trains without gates; leave --variant {variant} out")
-    for name in ("lambda1", "lambda2", "k", "metric", "oracle", "gate_lr"):
-        if static and getattr(config, name) not in (None, 0, "plain"):
-            raise InputError(f"--{name.replace('_', '-')}: does not apply to {variant}, which has no gates")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.metric == "task" and (config.gate_space == "logit" or config.compile):
@@ -449,7 +460,7 @@ def make_model(model_args: dict, config, process: Process, saved: dict | None, l
     elif config.init:
         report = initialize(model, config.init)
         if not any(".gate." in name for name in report.matched):
-            rates = FROM_WEIGHTS
+            rates = FROM_WEIGHTS if model.dim else rates | {"lr": FROM_WEIGHTS["lr"]}
         if process.rank == 0:
             print(f"{config.init}: {report}")
     for name, rate in rates.items():
