@@ -767,6 +767,19 @@ def photometric() -> list[v2.Transform]:
     ]
 
 
+def change_look(images):
+    """Each image by `photometric`, drawn anew; on their device.
+
+    images: uint8 or float on 0..1, [B, 3, H, W] or a list of [3, H, W]; gives the same kind.
+    """
+    look, changed = v2.Compose(photometric()), []
+    for image in images:
+        pixels = tv_tensors.Image(v2.functional.to_dtype(image, torch.uint8, scale=True))
+        pixels = look(pixels).as_subclass(torch.Tensor)
+        changed.append(v2.functional.to_dtype(pixels, image.dtype, scale=True))
+    return torch.stack(changed) if isinstance(images, torch.Tensor) else changed
+
+
 def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
     if augment is not None:
         image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
@@ -1442,6 +1455,13 @@ LOOKS = {
 }
 COMMON = Look(_NO, (.20, .80), _ANY, (.00, .10), (.30, .48), (.00, .25), (.00, .15),
               ripple=(.00, .05), streaks=(.00, .12), blur=(.000, .004), noise=(.005, .040))
+# Kinds of scene that differ in the size of the objects alone.
+HARD = {
+    "large":  COMMON._replace(radius=(.280, .360)),
+    "tiny":   COMMON._replace(radius=(.050, .062)),
+    "medium": COMMON._replace(radius=(.120, .160)),
+    "small":  COMMON._replace(radius=(.080, .095)),
+}
 COVERAGE = (0.25, 0.40)  # share of an image under objects, the same for all subsets
 
 
@@ -1455,6 +1475,11 @@ class Scene(NamedTuple):
     subset: int
 
 
+def default_subsets(hard: bool) -> int:
+    """How many subsets shapes have where nothing is said."""
+    return 2 if hard else 3
+
+
 class ShapesDataset(Dataset):
     """Discs, squares, triangles, rings and crosses on a background, in `subsets` known kinds of scene.
 
@@ -1463,9 +1488,9 @@ class ShapesDataset(Dataset):
       rain   medium objects, grey and of low contrast, blurred, under streaks of rain
       night  many small bright objects on a dark and noisy background
       dust   objects between those of rain and night on a rippled background of sand (with subsets=4)
-    With hard=True the scale alone differs: everything else is drawn for every subset from the one
-    distribution `COMMON`. Objects cover the same share of every image: the larger
-    they are, the fewer.
+    With hard=True the scale alone differs: `HARD`. By default there are two subsets then: objects so large
+    that no more than parts of two or three are seen, and tiny ones. Objects cover the same share of every
+    image: the larger they are, the fewer.
 
     Both modes vary within a subset: the number, classes, places, sizes, rotation, colours and overlaps of the
     objects; hue, brightness, gradient and waves of the background; rain, blur and noise. Colour says nothing
@@ -1475,22 +1500,25 @@ class ShapesDataset(Dataset):
     worker and process (for a given NumPy, whose random streams may change between versions). Items are
     painted once and kept, 37 kB each at 96 pixels.
 
-    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val,
-    n_test: images in the splits. seed: 0 or more.
+    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4, by default 3, or 2 if
+    hard. n_train, n_val, n_test: images in the splits. seed: 0 or more.
     """
 
-    def __init__(self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int = 3,
-                 hard: bool = False, n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0):
+    def __init__(
+        self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int | None = None,
+        hard: bool = False, n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0,
+    ):
+        kinds = HARD if hard else LOOKS
+        subsets = subsets or default_subsets(hard)
         if size < 32 or size % 32:
             raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
-        if not 2 <= subsets <= len(LOOKS):
-            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(LOOKS)} can be had")
+        if not 2 <= subsets <= len(kinds):
+            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(kinds)} can be had")
         self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
         self.eval_batch, self.has_truth = self.info.eval_batch, True
         self.size, self.seed = size, seed
-        self.subset_names = tuple(LOOKS)[:subsets]
-        looks = [LOOKS[name] for name in self.subset_names]
-        self.looks = [COMMON._replace(radius=look.radius) for look in looks] if hard else looks
+        self.subset_names = tuple(kinds)[:subsets]
+        self.looks = [kinds[name] for name in self.subset_names]
         count = {"train": n_train, "val": n_val, "test": n_test}[split]
         if count < subsets:
             raise DataError(f"--dataset shapes: {count} images for {subsets} subsets; ask for more")

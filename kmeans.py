@@ -6,6 +6,9 @@
     clusters = bank.cluster(k=4)                 # now and then; starts from the last centres
     clusters.centers, clusters.labels, clusters.sigma2
 
+    bank.compare(A, other)                       # now and then; other: A(x) of the batch with another look
+    clusters = bank.cluster(k=4, metric=bank.view_metric())     # what the look changes counts little
+
 With torch.distributed every rank keeps the whole bank: `update` gathers what all ranks saw, and the first
 rank clusters for all. The bank then lies where the process group can send from: with NCCL, on the GPU.
 Sums are in float64, which MPS lacks: with a model there, keep the bank on the CPU. Needs torch alone.
@@ -172,15 +175,15 @@ class Clusters(NamedTuple):
     labels: Tensor  # [N] int64, the cluster of each sample of the training set; -1 where it was not seen yet
     sigma2: float  # Σ ‖A − mu(x)‖² / (n − 1) over the n samples clustered, equation (2)
     sizes: list[int]  # of these samples, by cluster
-    metric: Tensor | None = None  # [D] that A is multiplied by before distances, and sigma2, are taken
-
-    def scaled(self, A: Tensor) -> Tensor:
-        """A [..., D] in the units of the metric."""
-        return A if self.metric is None else A * self.metric.to(A.device)
+    metric: Tensor | None = None  # [D, D], see `ActivationBank.view_metric`; None: distances are plain
 
     def nearest(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centre [n] of each A [n, D], and the distance [n] to it."""
-        return assign(self.scaled(A), self.scaled(self.centers))
+        """The nearest centre [n] of each A [n, D], and the distance [n] to it, both in the metric."""
+        if self.metric is None:
+            return assign(A, self.centers)
+        metric = self.metric.to(A.device)
+        metric = metric.diag() if metric.dim() == 1 else metric  # [D] in older checkpoints
+        return assign(A @ metric, self.centers.to(A.device) @ metric)
 
 
 class ActivationBank:
@@ -195,7 +198,8 @@ class ActivationBank:
             an epoch takes longer than gates take to change, old values would blur the centres.
 
     Attributes: values [N, D] float32, 0 where nothing was seen; seen_at [N] int64, the update that saw a
-    sample last, 0 for none; updates, their number; clusters, None before the first K-means update.
+    sample last, 0 for none; updates, their number; clusters, None before the first K-means update; within
+    and between [D, D], and compared, the number of calls of `compare`.
     """
 
     def __init__(
@@ -209,6 +213,9 @@ class ActivationBank:
         self.seen_at = torch.zeros(num_samples, dtype=torch.int64, device=device)
         self.updates = 0
         self.clusters: Clusters | None = None
+        self.within = torch.zeros(dim, dim, device=device)
+        self.between = torch.zeros(dim, dim, device=device)
+        self.compared = 0
 
     @property
     def seen(self) -> Tensor:
@@ -248,6 +255,39 @@ class ActivationBank:
         self.updates += 1
         self.seen_at.index_fill_(0, index, self.updates)  # [index] = would wait for the device
 
+    @torch.no_grad()
+    def compare(self, A: Tensor, other: Tensor, momentum: float = 0.98) -> None:
+        """Takes in the A(x) of some samples, [b, D], and that of the same samples with another look, [b, D].
+
+        Keeps running means, in which a call counts 1 − momentum, over the samples of all ranks: `within` is
+        the covariance of A(x) over the looks of a sample, `between` that over samples of what looks share.
+        """
+        one = _gather(A.detach().float().to(self.values.device))
+        two = _gather(other.detach().float().to(self.values.device))
+        one, two = one - one.mean(0), two - two.mean(0)
+        difference, pairs = one - two, 2 * len(one)
+        self.compared += 1
+        weight = max(1 - momentum, 1 / self.compared)
+        self.within.lerp_(difference.T @ difference / pairs, weight)
+        self.between.lerp_((one.T @ two + two.T @ one) / pairs, weight)
+
+    def view_metric(self, ridge: float = 1e-3) -> Tensor | None:
+        """M [D, D]: in ‖(A − B) M‖ a direction counts as much as it tells samples apart whatever their look.
+
+        Directions are scaled to unit variance over the looks of a sample, then by s / (s + 1), where s is
+        their variance over samples (Wiener's filter). `ridge` times the largest variance over looks is added
+        to all of them. None where looks were not compared, change nothing, or share nothing.
+        """
+        if not self.compared:
+            return None
+        noise, axes = torch.linalg.eigh(self.within.double())
+        if not noise[-1] > 0:  # a sync: once per K-means update
+            return None
+        whiten = axes * (noise.clamp(min=0) + ridge * noise[-1]).rsqrt() @ axes.T
+        signal, axes = torch.linalg.eigh(whiten @ self.between.double() @ whiten)
+        signal = signal.clamp(min=0)
+        return (whiten @ axes * (signal / (signal + 1))).float() if signal[-1] > 0 else None
+
     def cluster(
         self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 0, metric: Tensor | None = None
     ) -> Clusters:
@@ -256,7 +296,8 @@ class ActivationBank:
         An older sample is of the cluster whose centre is nearest to its last value.
 
         restarts: further K-means++ starts; the result with the least inertia is kept.
-        metric: [D] above 0, see `Clusters`. Raises ValueError while fewer than k samples are recent.
+        metric: [D, D], what A is multiplied by to find out which samples belong together. Centres and sigma2
+            are in the units of A all the same. Raises ValueError while fewer than k samples are recent.
         """
         recent = self.recent
         index = recent.nonzero().squeeze(1)  # a sync: once per K-means update
@@ -269,15 +310,18 @@ class ActivationBank:
         labels = torch.full_like(self.seen, -1, dtype=torch.int64)
         inertia = self.values.new_zeros(1, dtype=torch.float64)
         if not _distributed() or dist.get_rank() == 0:
-            scale = torch.ones_like(centers[0]) if metric is None else metric
-            A = self.values[index] * scale
-            results = [kmeans(A, k, start if start is None else start * scale, max_iter, seed)]
+            A, older = self.values[index], (self.seen & ~recent).nonzero().squeeze(1)
+            old = self.values[older]
+            if metric is not None:
+                A, old = A @ metric, old @ metric
+                start = None if start is None else start @ metric
+            results = [kmeans(A, k, start, max_iter, seed)]
             for j in range(1, restarts + 1):
                 results.append(kmeans(A, k, None, max_iter, seed + j))
-            best = min(results, key=lambda result: result[2])
-            older = (self.seen & ~recent).nonzero().squeeze(1)
-            labels[older] = assign(self.values[older] * scale, best[0])[0]
-            centers, labels[index], inertia[0] = best[0] / scale, best[1], best[2]
+            centers, labels[index], inertia[0] = min(results, key=lambda result: result[2])
+            labels[older] = assign(old, centers)[0]
+            if metric is not None:
+                centers, inertia[0] = _means(self.values[index], labels[index], k)
         if _distributed():
             for tensor in (centers, labels, inertia):
                 dist.broadcast(tensor, 0)
@@ -285,27 +329,22 @@ class ActivationBank:
         self.clusters = Clusters(centers, labels, _sigma2(inertia.item(), len(index)), sizes, metric)
         return self.clusters
 
-    def cluster_known(self, labels: Tensor, k: int, metric: Tensor | None = None) -> Clusters:
+    def cluster_known(self, labels: Tensor, k: int) -> Clusters:
         """`cluster` for clusters that are known: labels int64 [N] in [0, k) of all samples, seen or not.
 
         A cluster without a recent sample has its centre at 0.
         """
         labels = labels.to(self.values.device)
-        A, own = self.values[self.recent].double(), labels[self.recent]
-        sizes = own.bincount(minlength=k)
-        sums = A.new_zeros(k, A.shape[1]).index_add_(0, own, A)
-        centers = sums / sizes.clamp(min=1)[:, None]
-        away = A - centers[own]
-        if metric is not None:
-            away = away * metric
-        spread = _sigma2(away.square().sum().item(), len(A))
-        self.clusters = Clusters(centers.float(), labels, spread, sizes.tolist(), metric)
+        A, own = self.values[self.recent], labels[self.recent]
+        centers, inertia = _means(A, own, k)
+        sizes = own.bincount(minlength=k).tolist()
+        self.clusters = Clusters(centers, labels, _sigma2(inertia, len(A)), sizes)
         return self.clusters
 
     def state_dict(self) -> dict:
         clusters = self.clusters and self.clusters._asdict()
-        state = {name: getattr(self, name) for name in ("values", "seen_at", "updates")}
-        return state | {"clusters": clusters}
+        names = ("values", "seen_at", "updates", "within", "between", "compared")
+        return {name: getattr(self, name) for name in names} | {"clusters": clusters}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError if `state` is of a bank of another size."""
@@ -315,12 +354,24 @@ class ActivationBank:
         self.values.copy_(state["values"])
         self.seen_at.copy_(state["seen_at"])
         self.updates = state["updates"]
+        if "compared" in state:  # not in older checkpoints
+            self.within.copy_(state["within"])
+            self.between.copy_(state["between"])
+            self.compared = state["compared"]
         if state["clusters"] is not None:
             place = self.values.device
             clusters = Clusters(**state["clusters"])
             metric = None if clusters.metric is None else clusters.metric.to(place)
             centers, labels = clusters.centers.to(place), clusters.labels.to(place)
             self.clusters = clusters._replace(centers=centers, labels=labels, metric=metric)
+
+
+def _means(A: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
+    """The mean of the A [n, D] of each label, [k, D], 0 of an empty one; and Σ ‖A − mean‖²."""
+    A = A.double()
+    sums = A.new_zeros(k, A.shape[1]).index_add_(0, labels, A)
+    means = sums / labels.bincount(minlength=k).clamp(min=1)[:, None]
+    return means.float(), (A - means[labels]).square().sum().item()
 
 
 def _distributed() -> bool:

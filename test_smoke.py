@@ -383,35 +383,6 @@ def test_folding_batch_norm_and_the_published_way_of_computing_change_nothing():
         torch.testing.assert_close(other, got, rtol=1e-4, atol=1e-4)
 
 
-def test_the_tasks_metric_is_the_root_mean_square_of_what_more_of_a_path_would_do():
-    """Against differences of the loss when the alphas themselves are moved, closed paths among them."""
-    backbone, metric = warmed_backbone(5, "small"), train_seg.TaskMetric(51, torch.device("cpu"))
-    assert metric.weights().tolist() == pytest.approx([0.01] * 51)  # before the first step: all alike
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
-    alphas = torch.full((2, 18, 3), 0.7).double()
-    alphas[0, 4, routing.KEEP] = alphas[1, 7, routing.UP] = 0  # closed paths of open nodes
-    alphas[1, 1] = 0  # a closed node
-
-    def loss_and_routes(alphas):
-        features, routes = backbone.route(images, skip=False, alpha=alphas)
-        return sum(feature.square().sum() for feature in features), routes
-
-    loss, routes = loss_and_routes(alphas.clone().requires_grad_())
-    metric.watch(routes)
-    loss.backward()
-    metric.update(routes, momentum=0.0)
-    gradient = torch.cat([weights.grad for weights in routes.weights], 1)
-    for place in [(0, 0, routing.DOWN), (0, 4, routing.KEEP), (1, 7, routing.UP), (1, 9, routing.KEEP)]:
-        moved = [alphas.clone(), alphas.clone()]
-        moved[0][place] += 2e-4  # at least OPEN, from 0 on
-        moved[1][place] += 4e-4
-        slope = 4 * loss_and_routes(moved[0])[0] - 3 * loss - loss_and_routes(moved[1])[0]
-        assert gradient[place].item() == pytest.approx(slope.item() / 4e-4, rel=1e-4)
-    squares = gradient[:, 1:].flatten(1).square().mean(0)  # the init node is no part of A
-    expected = (squares / squares[squares > 0].mean()).sqrt().clamp(min=0.01)  # of paths that exist
-    torch.testing.assert_close(metric.weights(), expected.float())
-
-
 def pretend_gpu(network):
     """Puts a network on a GPU that is not there. To be called, and the network used, in FakeTensorMode."""
     for module in network.modules():
@@ -997,7 +968,7 @@ def test_the_bank_clusters_in_a_metric_and_by_known_subsets():
     rng = np.random.default_rng(0)
     truth = torch.from_numpy(rng.integers(0, 2, 200))
     columns = [rng.normal(0, 1, 200), 0.1 * truth.numpy() + rng.normal(0, 0.01, 200)]
-    A, metric = torch.from_numpy(np.stack(columns, 1)).float(), torch.tensor([0.01, 1.0])
+    A, metric = torch.from_numpy(np.stack(columns, 1)).float(), torch.diag(torch.tensor([0.01, 1.0]))
     bank = kmeans.ActivationBank(200, 2)
     bank.update(torch.arange(200), A)
     accuracy = kmeans.agreement(bank.cluster(2, restarts=3).labels, truth)[0]
@@ -1007,16 +978,75 @@ def test_the_bank_clusters_in_a_metric_and_by_known_subsets():
     means = torch.stack([A[truth == 0].mean(0), A[truth == 1].mean(0)])  # in the units of A
     centers = weighted.centers[weighted.centers[:, 1].argsort()]
     torch.testing.assert_close(centers, means, atol=1e-5, rtol=1e-5)
-    spread = ((A - means[truth]) * metric).double().square().sum().item() / 199
+    spread = (A - means[truth]).double().square().sum().item() / 199
     assert weighted.sigma2 == pytest.approx(spread, rel=1e-5)
     again = bank.cluster(2, max_iter=1, metric=metric)  # the start is in the units of A too
     torch.testing.assert_close(again.centers, weighted.centers)
-    known = bank.cluster_known(truth, 2, metric)
+    known = bank.cluster_known(truth, 2)
     torch.testing.assert_close(known.centers, means, atol=1e-5, rtol=1e-5)
     assert known.sigma2 == pytest.approx(spread, rel=1e-5) and torch.equal(known.labels, truth)
     few = kmeans.ActivationBank(200, 2)
     few.update(torch.arange(4), A[:4])
     assert few.cluster_known(truth + 1, 4).centers[[0, 3]].tolist() == [[0, 0]] * 2  # nothing of it is seen
+
+
+def test_what_views_of_one_image_differ_by_counts_little_in_the_metric():
+    """Images of two kinds, and a change of look that moves A along a direction across all columns."""
+    rng = np.random.default_rng(0)
+    kinds, look = rng.integers(0, 2, 300), rng.normal(0, 1, 6)
+
+    def views():
+        """A [300, 6]: what the kind gives, in two columns, what the look of this view gives, and noise."""
+        A = np.outer(rng.normal(0, 1, 300), look) + rng.normal(0, 0.02, (300, 6))
+        A[:, :2] += 0.5 * kinds[:, None]
+        return torch.from_numpy(A).float()
+
+    bank, truth = kmeans.ActivationBank(300, 6), torch.from_numpy(kinds)
+    assert bank.view_metric() is None
+    bank.compare(torch.ones(300, 6), torch.ones(300, 6))
+    assert bank.view_metric() is None  # nothing differs
+    one = views()
+    bank.update(torch.arange(300), one)
+    assert kmeans.agreement(bank.cluster(2, restarts=3).labels, truth)[0] < 0.7
+    within, between = np.zeros((6, 6)), np.zeros((6, 6))
+    for call in range(2, 7):
+        first, second = views(), views()
+        bank.compare(first, second, momentum=0.7)
+        first, second = first.double().numpy(), second.double().numpy()
+        weight = max(0.3, 1 / call)
+        within += weight * (np.cov((first - second).T, bias=True) / 2 - within)
+        across = np.cov(first.T, second.T, bias=True)[:6, 6:]
+        between += weight * ((across + across.T) / 2 - between)
+    np.testing.assert_allclose(bank.within.numpy(), within, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(bank.between.numpy(), between, rtol=1e-4, atol=1e-6)
+    metric = bank.view_metric(ridge=0.01)
+    root = np.linalg.cholesky(within + 0.01 * np.linalg.eigvalsh(within)[-1] * np.eye(6))  # another whitening
+    signal, axes = np.linalg.eigh(np.linalg.inv(root) @ between @ np.linalg.inv(root).T)
+    weighted = np.linalg.inv(root).T @ axes * (signal.clip(0) / (signal.clip(0) + 1))
+    np.testing.assert_allclose((metric @ metric.T).numpy(), weighted @ weighted.T, rtol=1e-3, atol=1e-3)
+    clusters = bank.cluster(2, restarts=3, metric=metric)
+    assert kmeans.agreement(clusters.labels, truth)[0] == 1
+    assert kmeans.agreement(clusters.nearest(views())[0], truth)[0] == 1
+    for k in range(2):  # in the units of A
+        torch.testing.assert_close(clusters.centers[k], one[clusters.labels == k].mean(0))
+    other = kmeans.ActivationBank(300, 6)
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.view_metric(), bank.view_metric())
+    assert torch.equal(other.clusters.metric, metric)
+
+
+def test_another_look_leaves_objects_where_they_are_and_is_drawn_anew_for_each_image():
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    picture[:, 8:24, 8:24] = torch.tensor([200, 120, 60], dtype=torch.uint8)[:, None, None]
+    torch.manual_seed(0)
+    changed = data.change_look(picture.repeat(16, 1, 1, 1))
+    assert changed.dtype == torch.uint8 and changed.shape == (16, 3, 32, 32)
+    assert len({image.numpy().tobytes() for image in changed}) == 16
+    inside, around = changed[:, :, 12:20, 12:20].float(), changed[:, :, :5].float()
+    assert ((inside.mean((2, 3)) - around.mean((2, 3))).abs().amax(1) > 20).all()  # it is still seen
+    floats = data.change_look([picture / 255, torch.rand(3, 40, 24)])
+    assert [image.shape for image in floats] == [(3, 32, 32), (3, 40, 24)]
+    assert all(image.dtype == torch.float32 and 0 <= image.min() <= image.max() <= 1 for image in floats)
 
 
 def gradients_of_a_global_batch(process):
@@ -1299,7 +1329,7 @@ OWN = "coco/annotations/instances_train2017.json"
     (train_seg, f"{TINY_SEG} --variant divdr-raw --activations recompute --kmeans-anneal 4"),
     (train_seg, f"{TINY_SEG} --variant divdr-raw --gate-space logit"),
     (train_seg, f"{TINY_SEG} --variant dr-raw --amp"),
-    (train_seg, f"{TINY_SEG} --metric task --own bank --bank-momentum 0.7 --jitter --lambda2-start 0.4"),
+    (train_seg, f"{TINY_SEG} --metric views --own bank --bank-momentum 0.7 --jitter --lambda2-start 0.4"),
     (train_det, f"{TINY_DET} --dataset shapes --size 64 --subsets 2 --masks --limit 8"),
     (train_det, f"{TINY_DET} --train-json {OWN} --train-images coco/train2017 --activations recompute "
                 f"--val-json {OWN} --val-images coco/train2017 --gate-space logit --limit 8")])
@@ -1314,18 +1344,18 @@ def test_one_process_trains_with(script, flags, monkeypatch):
     assert (bank["seen_at"] > 0).tolist() == [True] * (12 if script is train_seg else 8)
     assert bank["clusters"]["centers"].shape == (2, network.dim)
     assert (bank["values"].abs().max() > 1) == ("logit" in flags)
-    assert (bank["clusters"]["metric"] is not None) == ("metric task" in flags)
+    assert (bank["clusters"]["metric"] is not None) == ("metric views" in flags)
     second = 8 if "anneal" in flags else 6  # 3 + round(3 · 4^(3/9)) = 8
     assert iterations(Path("runs/run"), "kmeans") == [3, second, 9]
     assert iterations(Path("runs/run"), "evaluation") == [9]
 
 
 def test_shapes_end_with_the_recovered_subsets_and_the_oracles_centres():
-    flags = "--dataset shapes --size 32 --hard --subsets 2 --width 8 --iters 6 --kmeans-every 2 --oracle"
+    flags = "--dataset shapes --size 32 --hard --width 8 --iters 6 --kmeans-every 2 --oracle"
     out = succeeds(train_seg.main, flags, "--bn-batches 2 --name s", QUIET)
     metrics = read_json("runs/s/metrics.json")
     subsets = metrics["subsets"]["subset"]
-    assert "recovered subsets" in out and list(subsets) == ["day", "rain"] and metrics["k"] == 2
+    assert "recovered subsets" in out and list(subsets) == ["large", "tiny"] and metrics["k"] == 2
     network, checkpoint = model.load_checkpoint("runs/s/last.pt")
     parts = network.real_cost(network.backbone.open_routes(), 32, 32)
     rest = (parts["stem"] + parts["gates"] + parts["head"]).item() / 1e9
@@ -3264,7 +3294,7 @@ def test_a_fixed_route_trains_resumes_and_is_drawn(cut_out, monkeypatch):
 
 SHORT = "--dataset shapes --size 32 --subsets 2 --width 4 --bn-batches 2 --kmeans-every 3 --log-every 4"
 SHORT += " --batch 4 --save-every 1 --device cpu --workers 1 --resume auto"
-SHORT_SEG = f"{SHORT} --iters 16 --eval-every 8 --jitter --metric task --lambda2-start 0.3"
+SHORT_SEG = f"{SHORT} --iters 16 --eval-every 8 --jitter --metric views --lambda2-start 0.3"
 SHORT_DET = f"{SHORT} --iters 10 --eval-every 5 --layers 5 --pyramid 8 --short-sides 32 48 --long-side 64"
 SHORT_DET += " --rois 8 --proposals 20 --limit 12 --masks --activations recompute"
 

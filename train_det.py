@@ -29,9 +29,9 @@ import evaluate
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import VARIANTS, InputError, number, one_line_errors, save_checkpoint, start_process
 from train_seg import (
-    Log, TaskMetric, complete, distribute, finish, gate_gradients, kmeans_interval, make_bank, make_model,
-    make_optimizer, mean_over_ranks, names_of, open_run, recompute_activations, reestimate_batch_norm,
-    route_cost, settle, shapes_options, shared_settings, warm_up,
+    VIEWS_EVERY, Log, complete, distribute, finish, gate_gradients, kmeans_interval, look_again, make_bank,
+    make_model, make_optimizer, mean_over_ranks, names_of, open_run, recompute_activations,
+    reestimate_batch_norm, route_cost, settle, shapes_options, shared_settings, warm_up,
 )
 
 # ============ settings ============
@@ -126,7 +126,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    task_metric = TaskMetric(model.dim, bank.values.device) if config.metric == "task" else None
     next_kmeans = config.kmeans_every
 
     # ============ resuming ============
@@ -135,8 +134,6 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         bank.load_state_dict(saved["bank"])
-        if task_metric:
-            task_metric.squares.copy_(saved["task_metric"])
         done, best = saved["iteration"], saved["best"]
         next_kmeans, log_bytes = saved["next_kmeans"], saved["log_bytes"]
         del saved
@@ -174,13 +171,11 @@ def main(argv: list[str] | None = None) -> None:
         if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
-                clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
+                A, clusters.centers, clusters.sigma2, config.margin, own)
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         of_gates = {}
         if logging:
             of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
-        if task_metric:
-            task_metric.watch(out.routes)
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -190,9 +185,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
+        if config.metric == "views" and iteration % VIEWS_EVERY == 0:
+            A = look_again(model, bank, data.change_look(images), A, config.gate_space)
         bank.update(index, A)
-        if task_metric:
-            task_metric.update(out.routes)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.check(iteration)  # K-means must not see what is not finite
@@ -202,11 +197,10 @@ def main(argv: list[str] | None = None) -> None:
                     seed=(config.seed, iteration))
                 inputs = ((to_device(x, [], device)[0], which) for x, _, which in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
-            metric = task_metric.weights() if task_metric else None
             if config.oracle:
-                bank.cluster_known(train_set.subset, config.k, metric)
+                bank.cluster_known(train_set.subset, config.k)
             else:
-                seed = config.seed + iteration
+                metric, seed = bank.view_metric(), config.seed + iteration
                 bank.cluster(config.k, seed, restarts=config.kmeans_restarts, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
@@ -232,9 +226,8 @@ def main(argv: list[str] | None = None) -> None:
             log.evaluation(iteration, words, result.flops, scores)
         if saving and rank == 0:
             contents = about | dict(
-                bank=bank.state_dict(), task_metric=task_metric and task_metric.squares,
-                optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), iteration=iteration,
-                best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
+                bank=bank.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                iteration=iteration, best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save_checkpoint(folder / name, model, **contents)
     finish(folder, config, process, log)

@@ -67,6 +67,7 @@ RECIPES = {
 # Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and what gates, which start
 # at random, have of it.
 FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
+VIEWS_EVERY = 4  # iterations from one second look at a batch to the next, --metric views
 # Settings that networks without gates have no use for.
 OF_GATES = (
     "gate_lr", "lambda1", "budget", "lambda2", "lambda2_start", "margin", "k", "kmeans_every",
@@ -161,9 +162,11 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--data", help="its folder; shapes needs none")
     add("--short-sides", type=number(int, 16), nargs="+",
         help="the short side becomes one of these, drawn at random; a detector is evaluated with the last")
-    add("--subsets", type=number(int, 2, 4), help="shapes: known subsets among the images, 3 by default")
+    add("--subsets", type=number(int, 2, 4),
+        help="shapes: known subsets among the images, by default 3, with --hard 2")
     add("--size", type=number(int, 32), help="shapes: side of the images, a multiple of 32")
-    add("--hard", action="store_true", help="shapes: the subsets differ in object scale alone")
+    add("--hard", action="store_true",
+        help="shapes: the subsets differ in the size of objects alone; by default large and tiny ones")
     add("--jitter", action="store_true", help="training images change their look, see data.photometric")
     cores = cores_per_process()
     workers = min(4, cores if torch.cuda.is_available() else cores // 2)
@@ -211,10 +214,10 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
         help="K-means leaves out the samples that so many iterations have not seen")
     add("--own", choices=["nearest", "bank"], default="bank",
         help="pull an image to the nearest centre, or to that of its cluster at the last K-means update")
-    add("--metric", choices=["plain", "task"], default="plain",
-        help="distances between architectures: plain, or each gate counts as much as the task depends on it")
+    add("--metric", choices=["plain", "views"], default="plain",
+        help="distances in K-means: plain, or what changes when an image changes its look counts little")
     add("--oracle", action="store_true",
-        help="shapes: the means of the true subsets are the centres; sets --own bank")
+        help="shapes: the means of the true subsets are the centres; sets --own bank and --metric plain")
     add("--gate-space", choices=["alpha", "logit"], default="alpha",
         help="cluster what gates give, or that before their tanh")
 
@@ -242,9 +245,10 @@ def complete(parser: Parser, config: argparse.Namespace, recipes: dict[str, dict
         network = re.sub(r"[^\w.-]+", "-", config.route) if vars(config).get("route") else config.variant
         config.name = f"{config.dataset}-{network}-seed{config.seed}"
     if config.k is None and not VARIANTS[config.variant].static:
-        config.k = (config.subsets or 3) if config.dataset == "shapes" else 4
+        subsets = config.subsets or data.default_subsets(config.hard)
+        config.k = subsets if config.dataset == "shapes" else 4
     if config.oracle:
-        config.own = "bank"
+        config.own, config.metric = "bank", "plain"
     if config.warmup is None:
         config.warmup = min(recipes[config.dataset]["warmup"], config.iters // 10)
     return config
@@ -266,8 +270,6 @@ def settle(config: argparse.Namespace, process: Process) -> None:
         raise InputError(f"--route {route}: trains without gates; leave --variant {variant} out")
     if config.lambda1 and not config.budget:
         raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
-    if config.metric == "task" and (config.gate_space == "logit" or config.compile):
-        raise InputError("--metric task: does not go with --gate-space logit, nor with --compile")
     if config.k and config.activations == "bank" and config.bank_age * config.batch < config.k:
         raise InputError(f"--bank-age {config.bank_age}: so few iterations never see --k {config.k} images")
     if config.compile and process.world > 1:
@@ -328,7 +330,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    task_metric = TaskMetric(model.dim, bank.values.device) if config.metric == "task" else None
     next_kmeans = config.kmeans_every
 
     # ============ resuming ============
@@ -337,8 +338,6 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         bank.load_state_dict(saved["bank"])
-        if task_metric:
-            task_metric.squares.copy_(saved["task_metric"])
         done, best = saved["iteration"], saved["best"]
         next_kmeans, log_bytes = saved["next_kmeans"], saved["log_bytes"]
         del saved
@@ -359,7 +358,8 @@ def main(argv: list[str] | None = None) -> None:
         saving = evaluating or iteration % config.save_every == 0
         logging = saving or iteration % config.log_every == 0
         images, masks, index = next(batches)
-        images = data.normalize(images.to(device, non_blocking=True))
+        pixels = images.to(device, non_blocking=True)  # uint8
+        images = data.normalize(pixels)
         masks = masks.to(device, non_blocking=True).long()
         index = index.to(bank.values.device, non_blocking=True)
 
@@ -376,13 +376,11 @@ def main(argv: list[str] | None = None) -> None:
         if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
             own = clusters.labels[index] if config.own == "bank" else None
             terms["clustering"] = config.lambda2 * clustering_loss(
-                clusters.scaled(A), clusters.scaled(clusters.centers), clusters.sigma2, config.margin, own)
+                A, clusters.centers, clusters.sigma2, config.margin, own)
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         of_gates = {}
         if logging:
             of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
-        if task_metric:
-            task_metric.watch(out.routes)
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -392,9 +390,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
+        if config.metric == "views" and iteration % VIEWS_EVERY == 0:
+            other = data.normalize(data.change_look(pixels))
+            A = look_again(model, bank, other, A, config.gate_space)
         bank.update(index, A)
-        if task_metric:
-            task_metric.update(out.routes)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.check(iteration)  # K-means must not see what is not finite
@@ -404,11 +403,10 @@ def main(argv: list[str] | None = None) -> None:
                     seed=(config.seed, iteration))
                 inputs = ((data.normalize(x.to(device)), which) for x, _, which in full_pass)
                 recompute_activations(model, bank, inputs, config.gate_space)
-            metric = task_metric.weights() if task_metric else None
             if config.oracle:
-                bank.cluster_known(train_set.subset, config.k, metric)
+                bank.cluster_known(train_set.subset, config.k)
             else:
-                seed = config.seed + iteration
+                metric, seed = bank.view_metric(), config.seed + iteration
                 bank.cluster(config.k, seed, restarts=config.kmeans_restarts, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
@@ -430,9 +428,8 @@ def main(argv: list[str] | None = None) -> None:
             log.evaluation(iteration, f"mIoU {100 * score:.2f}", result.flops, result.scores())
         if saving and rank == 0:
             contents = about | dict(
-                bank=bank.state_dict(), task_metric=task_metric and task_metric.squares,
-                optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), iteration=iteration,
-                best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
+                bank=bank.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                iteration=iteration, best=best, next_kmeans=next_kmeans, log_bytes=log.bytes())
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save_checkpoint(folder / name, model, **contents)
     finish(folder, config, process, log)
@@ -589,6 +586,17 @@ def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
 
 
 @torch.no_grad()
+def look_again(model: nn.Module, bank: ActivationBank, images, A: Tensor, gate_space: str) -> Tensor:
+    """--metric views: routes the images of a step once more, for `bank.view_metric`.
+
+    images: as the model takes them, with another look. Returns the mean of both A(x), for the bank.
+    """
+    other = model.routes(images).activations(gate_space)
+    bank.compare(A, other)
+    return (A.detach() + other) / 2
+
+
+@torch.no_grad()
 def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_space: str) -> None:
     """Fills the bank anew from one pass over the training set with frozen weights (figure 2 of the paper).
 
@@ -604,39 +612,6 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
         bank.update(index, model.routes(images).activations(gate_space))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
-
-
-class TaskMetric:
-    """--metric task: in distances between architectures a gate counts as much as the task depends on it.
-
-    That is the root mean square, over recent images of all ranks, of the gradient of the loss to the weight
-    of the gate's path. Gates that vary with no more than the look of an image count little. Cost and
-    clustering loss have a part in it too: they reach these weights through the gates of later layers.
-    """
-
-    def __init__(self, dim: int, device: torch.device):
-        self.squares = torch.zeros(dim, device=device)
-
-    def watch(self, routes: Routes) -> None:
-        """Before the backward pass: asks for the gradients of the path weights."""
-        for weights in routes.weights:
-            weights.retain_grad()
-
-    def update(self, routes: Routes, momentum: float = 0.98) -> None:
-        """After it: takes them in."""
-        gradient = torch.cat([weights.grad for weights in routes.weights], 1).float()  # [B, 1 + nodes, 3]
-        gradient = gradient * routes.reached[..., None]
-        squares = gradient[:, 1:].flatten(1).square().mean(0)
-        if dist.is_initialized():
-            dist.all_reduce(squares)  # the sum does: only ratios count
-        self.squares.lerp_(squares.to(self.squares.device), 1 - momentum)
-
-    def weights(self) -> Tensor:
-        """[D] that A is multiplied by, mean square 1 over the paths that exist; at least 0.01."""
-        squares = self.squares.cpu()
-        some = squares > 0  # paths that do not exist have no gradient
-        mean = squares[some].mean() if some.any() else squares.new_ones(())
-        return (squares / mean).sqrt().clamp(min=0.01).to(self.squares.device)
 
 
 def gate_gradients(
