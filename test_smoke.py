@@ -3093,8 +3093,10 @@ def test_cut_from_a_split_with_keep_0_experts_predict_there_what_the_routed_netw
     network, checkpoint = model.load_checkpoint("runs/seg/last.pt")
     clusters = kmeans.Clusters(**checkpoint["bank"]["clusters"])
     dataset = data.segmentation_dataset("camvid", "camvid", "val", train=False)
-    routed, *rows = about["table"].values()
-    assert all(row["mIoU"] == routed["mIoU"] for row in rows) and printed.count(f"{routed['mIoU']:.2f}") >= 4
+    routed, one, by_activations, dispatched = about["table"].values()
+    assert one["mIoU"] == by_activations["mIoU"] == routed["mIoU"]
+    assert printed.count(f"{routed['mIoU']:.2f}") >= 3
+    assert dispatched["mIoU"] == pytest.approx(routed["mIoU"], abs=2)  # it may send an image elsewhere
     sizes, sent = [0, 0], []
     for image, _, _ in dataset:
         with torch.no_grad():
