@@ -272,7 +272,7 @@ class ActivationBank:
         self.between.lerp_((one.T @ two + two.T @ one) / pairs, weight)
 
     def view_metric(self, ridge: float = 1e-3) -> Tensor | None:
-        """M [D, D]: in ‖(A − B) M‖ a direction counts as much as it tells samples apart whatever their look.
+        """M [D, D]: in ‖(A − B) M‖ a direction counts as it tells samples apart whatever their look.
 
         Directions are scaled to unit variance over the looks of a sample, then by s / (s + 1), where s is
         their variance over samples (Wiener's filter). `ridge` times the largest variance over looks is added

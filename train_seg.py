@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
         # tells what the clusters are.
         if config.metric == "views" and iteration % VIEWS_EVERY == 0:
             other = data.normalize(data.change_look(pixels))
-            A = look_again(model, bank, other, A, config.gate_space)
+            A = look_again(model, bank, other, A, config)
         bank.update(index, A)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
@@ -586,12 +586,14 @@ def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
 
 
 @torch.no_grad()
-def look_again(model: nn.Module, bank: ActivationBank, images, A: Tensor, gate_space: str) -> Tensor:
-    """--metric views: routes the images of a step once more, for `bank.view_metric`.
+def look_again(model: nn.Module, bank: ActivationBank, images, A: Tensor, config) -> Tensor:
+    """--metric views: routes the images of a step once more, after it, for `bank.view_metric`.
 
-    images: as the model takes them, with another look. Returns the mean of both A(x), for the bank.
+    images: as the model takes them, with another look. They move the running statistics of batch norm too,
+    which are re-estimated before evaluation. Returns the mean of both A(x), for the bank.
     """
-    other = model.routes(images).activations(gate_space)
+    with torch.autocast(A.device.type, torch.bfloat16, enabled=config.amp):
+        other = model.routes(images).activations(config.gate_space)
     bank.compare(A, other)
     return (A.detach() + other) / 2
 
