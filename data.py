@@ -156,14 +156,14 @@ SEGMENTATION = {
 
 def segmentation_dataset(
     name: str, root: str | None, split: str, train: bool, crop: int | None = None,
-    short_sides: tuple[int, ...] | None = None, jitter: bool = False, info: DatasetInfo | None = None,
+    short_sides: tuple[int, ...] | None = None, info: DatasetInfo | None = None,
     images: str | None = None, labels: str | None = None, names: str | None = None, **shapes_options,
 ) -> Dataset:
     """Opens one split of a data set of `SEGMENTATION`; for the items and attributes see the top of this file.
 
     root: its folder, None for the default. split: "train", "val" or "test". train: True applies the
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
-    set's own; they act with train only, as does jitter. Of "folder" alone: info, what `folder_info` says;
+    set's own; they act with train only. Of "folder" alone: info, what `folder_info` says;
     images and labels, their folders, in place of those under root; names, a text file of the images to take,
     one to a line. These three need info. shapes_options: see `ShapesDataset`.
 
@@ -180,7 +180,7 @@ def segmentation_dataset(
             raise DataError("folder: needs info, what folder_info says of all splits together")
         there = [s for s in ("train", "val") if os.path.isdir(os.path.join(root or "", "images", s))]
         info = folder_info(root, {s: {} for s in there or [split]})
-    augment = augmentation(short_sides or info.short_sides, crop or info.crop, jitter) if train else None
+    augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
     if name == "shapes":
         _refuse_files(root)
         return ShapesDataset(split, augment, **shapes_options)
@@ -704,16 +704,13 @@ def _in_8_bits(image: Image.Image, source: dict, path) -> Image.Image:
 # ============ transforms ============
 
 
-def augmentation(short_sides: tuple[int, ...] | None, crop: int | None, jitter: bool = False) -> v2.Compose:
-    """Random short side, random square crop, flip; None leaves a step out. jitter: `photometric`.
+def augmentation(short_sides: tuple[int, ...] | None, crop: int | None) -> v2.Compose:
+    """Random short side, random square crop, flip; None leaves a step out.
 
     Takes and gives (tv_tensors.Image, tv_tensors.Mask). Draws from torch's global random state.
     """
     steps = [ScaleAndCrop(short_sides, crop)] if short_sides or crop else []
-    steps.append(v2.RandomHorizontalFlip())
-    if jitter:
-        steps += photometric()
-    return v2.Compose(steps)
+    return v2.Compose([*steps, v2.RandomHorizontalFlip()])
 
 
 class ScaleAndCrop(torch.nn.Module):
@@ -753,26 +750,23 @@ class ScaleAndCrop(torch.nn.Module):
         return image, tv_tensors.Mask(labels[0])
 
 
-def photometric() -> list[v2.Transform]:
-    """Changes the look of an image and leaves its objects as they are: brightness, contrast, saturation and
-    hue, the negative, blur and noise."""
+def change_look(images):
+    """Changes the look of each image, drawn anew for each, and leaves its objects as they are.
+
+    What changes is brightness, contrast, saturation and hue, the negative, blur and noise.
+
+    images: uint8 or float on 0..1, [B, 3, H, W] or a list of [3, H, W]; gives the same kind, on their device.
+    """
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     to_bytes = v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)
     noise = v2.Compose([to_float, v2.GaussianNoise(sigma=0.03), to_bytes])
-    return [
+    look = v2.Compose([
         v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5),
         v2.RandomInvert(0.5),
         v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], 0.5),
         v2.RandomApply([noise], 0.5),
-    ]
-
-
-def change_look(images):
-    """Each image by `photometric`, drawn anew; on their device.
-
-    images: uint8 or float on 0..1, [B, 3, H, W] or a list of [3, H, W]; gives the same kind.
-    """
-    look, changed = v2.Compose(photometric()), []
+    ])
+    changed = []
     for image in images:
         pixels = tv_tensors.Image(v2.functional.to_dtype(image, torch.uint8, scale=True))
         pixels = look(pixels).as_subclass(torch.Tensor)
@@ -813,15 +807,14 @@ COCO_LAYOUT = {
 
 def detection_dataset(
     name: str, root: str | None, split: str, train: bool, masks: bool = False, annotations: str | None = None,
-    images: str | None = None, limit: int | None = None, jitter: bool = False, **shapes_options,
+    images: str | None = None, limit: int | None = None, **shapes_options,
 ) -> Dataset:
     """Opens one split of "coco", or of any data in its format, or of "shapes", for detection.
 
     root: folder in the layout of COCO 2017, None for data/coco. split: "train", "val" or "test". train: True
-    flips images at random and leaves out those without a usable object; with jitter it also changes their
-    look, see `photometric`. masks: targets have instance masks. annotations, images: json file and image
-    folder in place of those under `root`. limit: take the first so many images only.
-    shapes_options: see `ShapesDataset`.
+    flips images at random and leaves out those without a usable object. masks: targets have instance masks.
+    annotations, images: json file and image folder in place of those under `root`. limit: take the first so
+    many images only. shapes_options: see `ShapesDataset`.
 
     Items are (image uint8 [3, H, W] RGB, target, index). A target holds boxes float32 [n, 4], x1 y1 x2 y2 in
     pixels; labels int64 [n], 1 for the first class; with `masks` also masks uint8 [n, H, W]. Crowds and boxes
@@ -836,21 +829,19 @@ def detection_dataset(
     _check_names(name, DETECTION, split)
     if name == "shapes":
         _refuse_files(root, annotations, images)
-        return ShapesDetection(split, train, masks, limit, jitter, **shapes_options)
+        return ShapesDetection(split, train, masks, limit, **shapes_options)
     _refuse_options(name, shapes_options)
     usual_annotations, usual_images = COCO_LAYOUT[split]
     root = root or COCO_ROOT
     annotations = annotations or os.path.join(root, usual_annotations)
-    return CocoImages(annotations, images or os.path.join(root, usual_images), train, masks, limit, jitter)
+    return CocoImages(annotations, images or os.path.join(root, usual_images), train, masks, limit)
 
 
-def _flip_and_sanitize(train: bool, jitter: bool) -> v2.Compose:
+def _flip_and_sanitize(train: bool) -> v2.Compose:
     """Boxes to x1 y1 x2 y2 inside the image; drops what is no object any more, with label and mask."""
     steps = [v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     if train:
         steps.append(v2.RandomHorizontalFlip())
-        if jitter:
-            steps += photometric()
     return v2.Compose(steps)
 
 
@@ -1136,7 +1127,7 @@ class CocoImages(Dataset):
     subset = None
 
     def __init__(
-        self, annotations: str, images: str, train: bool, masks: bool, limit: int | None, jitter: bool = False
+        self, annotations: str, images: str, train: bool, masks: bool, limit: int | None
     ):
         self.annotations, self.root, self.masks, self.train = annotations, images, masks, train
         self.file = on_first_rank(self._read)
@@ -1152,7 +1143,7 @@ class CocoImages(Dataset):
         self.image_ids = [self.file.image_ids[row] for row in self.rows]
         height, width = self.file.sizes[self.rows].double().unbind(1)
         self.aspect_ratios = (width / height).tolist()
-        self.transforms = _flip_and_sanitize(train, jitter)
+        self.transforms = _flip_and_sanitize(train)
 
     def _read(self) -> CocoFile:
         """The json file; every image that it lists is a file inside the folder."""
@@ -1441,22 +1432,11 @@ class Look(NamedTuple):
     noise: tuple[float, float]
 
 
-_ANY, _NO = (0.0, 1.0), (0.0, 0.0)
-#             radius       brightness  hue           tint        contrast    colour      gradient
-LOOKS = {
-    "day":   Look((.190, .270), (.72, .88), _ANY,         (.01, .06), (.32, .50), (.10, .25), (.00, .12),
-                  ripple=_NO, streaks=_NO, blur=_NO, noise=(.004, .012)),
-    "rain":  Look((.110, .150), (.38, .54), _ANY,         (.00, .02), (.22, .35), (.00, .08), (.05, .15),
-                  ripple=_NO, streaks=(.10, .20), blur=(.005, .009), noise=(.010, .020)),
-    "night": Look((.055, .072), (.05, .14), _ANY,         (.00, .04), (.30, .48), (.08, .25), (.00, .05),
-                  ripple=_NO, streaks=_NO, blur=_NO, noise=(.040, .070)),
-    "dust":  Look((.080, .098), (.58, .72), (-.14, -.08), (.12, .18), (.22, .30), (.03, .10), (.05, .15),
-                  ripple=(.03, .06), streaks=_NO, blur=(.002, .005), noise=(.010, .020)),
-}
-COMMON = Look(_NO, (.20, .80), _ANY, (.00, .10), (.30, .48), (.00, .25), (.00, .15),
+#             radius    brightness  hue         tint        contrast    colour      gradient
+COMMON = Look((0, 0), (.20, .80), (.00, 1.0), (.00, .10), (.30, .48), (.00, .25), (.00, .15),
               ripple=(.00, .05), streaks=(.00, .12), blur=(.000, .004), noise=(.005, .040))
-# Kinds of scene that differ in the size of the objects alone.
-HARD = {
+# Kinds of scene; they differ in the size of the objects alone.
+KINDS = {
     "large":  COMMON._replace(radius=(.280, .360)),
     "tiny":   COMMON._replace(radius=(.050, .062)),
     "medium": COMMON._replace(radius=(.120, .160)),
@@ -1475,50 +1455,37 @@ class Scene(NamedTuple):
     subset: int
 
 
-def default_subsets(hard: bool) -> int:
-    """How many subsets shapes have where nothing is said."""
-    return 2 if hard else 3
-
-
 class ShapesDataset(Dataset):
     """Discs, squares, triangles, rings and crosses on a background, in `subsets` known kinds of scene.
 
-    What differs between the subsets is, above all, the scale of the objects, and the look that goes with it:
-      day    few large objects, coloured, on a bright and plain background
-      rain   medium objects, grey and of low contrast, blurred, under streaks of rain
-      night  many small bright objects on a dark and noisy background
-      dust   objects between those of rain and night on a rippled background of sand (with subsets=4)
-    With hard=True the scale alone differs: `HARD`. By default there are two subsets then: objects so large
+    The subsets differ in the size of the objects alone, `KINDS`. By default there are two: objects so large
     that no more than parts of two or three are seen, and tiny ones. Objects cover the same share of every
-    image: the larger they are, the fewer.
-
-    Both modes vary within a subset: the number, classes, places, sizes, rotation, colours and overlaps of the
-    objects; hue, brightness, gradient and waves of the background; rain, blur and noise. Colour says nothing
-    about the class. The order of the subsets is drawn; each has the same number of images, within one.
+    image: the larger they are, the fewer. Within a subset all else varies: the number, classes, places,
+    rotation, colours and overlaps of the objects; hue, brightness, gradient and waves of the background;
+    rain, blur and noise. Colour says nothing about the class. The order of the subsets is drawn; each has the
+    same number of images, within one.
 
     Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch,
     worker and process (for a given NumPy, whose random streams may change between versions). Items are
     painted once and kept, 37 kB each at 96 pixels.
 
-    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4, by default 3, or 2 if
-    hard. n_train, n_val, n_test: images in the splits. seed: 0 or more.
+    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val,
+    n_test: images in the splits. seed: 0 or more.
     """
 
     def __init__(
-        self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int | None = None,
-        hard: bool = False, n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0,
+        self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int = 2,
+        n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0,
     ):
-        kinds = HARD if hard else LOOKS
-        subsets = subsets or default_subsets(hard)
         if size < 32 or size % 32:
             raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
-        if not 2 <= subsets <= len(kinds):
-            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(kinds)} can be had")
+        if not 2 <= subsets <= len(KINDS):
+            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(KINDS)} can be had")
         self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
         self.eval_batch, self.has_truth = self.info.eval_batch, True
         self.size, self.seed = size, seed
-        self.subset_names = tuple(kinds)[:subsets]
-        self.looks = [kinds[name] for name in self.subset_names]
+        self.subset_names = tuple(KINDS)[:subsets]
+        self.looks = [KINDS[name] for name in self.subset_names]
         count = {"train": n_train, "val": n_val, "test": n_test}[split]
         if count < subsets:
             raise DataError(f"--dataset shapes: {count} images for {subsets} subsets; ask for more")
@@ -1655,10 +1622,10 @@ class ShapesDetection(Dataset):
 
     has_truth = True
 
-    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, jitter: bool, **options):
+    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, **options):
         self.scenes = ShapesDataset(split, **options)
         self.count = min(len(self.scenes), limit or len(self.scenes))
-        self.masks, self.transforms = masks, _flip_and_sanitize(train, jitter)
+        self.masks, self.transforms = masks, _flip_and_sanitize(train)
         self.classes = list(self.scenes.info.classes[1:])  # without the background
         self.palette = self.scenes.info.palette[1:]
         self.category_ids = list(range(1, len(self.classes) + 1))

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import importlib.util
@@ -90,7 +91,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--figures", type=Path, metavar="DIR", help="draw every figure that the checkpoints allow")
     add("--published", action="store_true", help="put the papers' rows in the table and in the trade-off")
-    add("--format", choices=["text", "markdown", "latex"], help="print a table, not the report")
+    add("--format", choices=["text", "markdown", "latex", "csv"],
+        help="print a table, not the report; csv: a row for each checkpoint, with all digits")
     add("--image", type=Path,
         help="show this picture, or those in this folder; by default in overlays/ beside the checkpoint")
     add("--out", type=Path, metavar="DIR",
@@ -365,6 +367,8 @@ def open_split(arguments: argparse.Namespace, checkpoint: dict, split: str | Non
     same = name == checkpoint["dataset"]
     root = arguments.data or (checkpoint["data"] if same else None)
     options = dict(checkpoint["data_options"]) if same else {}
+    if same and name == "shapes" and "hard" in checkpoint["config"]:
+        raise InputError(f"{checkpoint['path']}: trained on shapes of an earlier version; train it anew")
     trained_on = checkpoint.get("files", {}) if same and not arguments.data else {}
     trained_on = trained_on.get(arguments.split, {})
     if checkpoint["task"] == "segmentation":
@@ -1697,8 +1701,27 @@ def make_table(runs: list[RunResult], published: bool) -> list[list[str]]:
     return table
 
 
-def render(rows: list[list[str]], form: str) -> str:
-    """Header and rows as "text", "markdown" or "latex", with the first two columns flush left."""
+def list_runs(runs: list[RunResult]) -> list[list]:
+    """Header and a row for each run: all its numbers, and the settings by which the runs differ."""
+    told = ["variant", "layers", "width", "seed"]
+    for setting in group_runs(runs):
+        told += [name for name in setting.differing if name not in [*told, "dataset"]]
+    columns = columns_of(runs)
+    table = [["run", "dataset", "split", "images", *told, *columns, "images per expert"]]
+    for run in runs:
+        where = [run.name, *(run.metrics[name] for name in ("dataset", "split", "images"))]
+        settings = [run.facts.get(name, "") for name in told]
+        experts = " ".join(map(str, run.metrics.get("images_per_expert", [])))
+        table.append([*where, *settings, *(run.numbers.get(column, "") for column in columns), experts])
+    return table
+
+
+def render(rows: list[list], form: str) -> str:
+    """Header and rows as "text", "markdown", "latex" or "csv", with the first two columns flush left."""
+    if form == "csv":
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(rows)
+        return file.getvalue().rstrip("\n")
     if form == "latex":
         marks = {"±": r"$\pm$", "λ1": r"$\lambda_1$", "λ2": r"$\lambda_2$", "–": "--"}
         marks |= {mark: "\\" + mark for mark in "_&%$#{}"}
@@ -1721,7 +1744,11 @@ def render(rows: list[list[str]], form: str) -> str:
 def print_tables(arguments: argparse.Namespace, runs: list[RunResult]) -> None:
     """One table for each task, on stdout; what a reader should know about the runs, on stderr."""
     form = arguments.format or "text"
-    for task in dict.fromkeys(run.task for run in runs):
+    tasks = dict.fromkeys(run.task for run in runs)
+    if form == "csv":  # one list of all, and nothing else
+        print(render(list_runs(runs), form))
+        tasks = {}
+    for task in tasks:
         mine = [run for run in runs if run.task == task]
         counts = dict.fromkeys(table_count(run.result.flops) for run in mine)
         where = dict.fromkeys(run.metrics["dataset"] for run in mine)
@@ -2414,7 +2441,8 @@ def report_experts(arguments: argparse.Namespace, process: Process) -> None:
     timed = min(TIMED, first["images"])
     note += f"dispatcher's stem counted; s/image: median of {timed} images, each alone, "
     note += f"on {process.device}; by A(x): the routed network that says where an image goes is not counted."
-    print(("% " if arguments.format == "latex" else "\n") + note)
+    if arguments.format != "csv":
+        print(("% " if arguments.format == "latex" else "\n") + note)
     if arguments.figures:
         for i, cut in enumerate(cuts):
             if cut.run.name in [other.run.name for other in cuts[:i]]:

@@ -192,8 +192,6 @@ class ActivationBank:
     Args:
         num_samples, dim: N of the training set, and D. Takes 4·N·D bytes (COCO: 94 MB).
         device: best the one the model runs on; elsewhere every update waits for the model's.
-        momentum: in [0, 1), the share of a sample's value that stays when it is seen again. Above 0 its value
-            is a running mean over its augmented views, of which the last 1 / (1 − momentum) count most.
         age: K-means leaves out samples that the last so many updates did not see; None: it sees all. Where
             an epoch takes longer than gates take to change, old values would blur the centres.
 
@@ -203,12 +201,9 @@ class ActivationBank:
     """
 
     def __init__(
-        self, num_samples: int, dim: int, device: torch.device | str = "cpu", momentum: float = 0,
-        age: int | None = None,
+        self, num_samples: int, dim: int, device: torch.device | str = "cpu", age: int | None = None
     ):
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
-        self.momentum, self.age = momentum, age
+        self.age = age
         self.values = torch.zeros(num_samples, dim, device=device)
         self.seen_at = torch.zeros(num_samples, dtype=torch.int64, device=device)
         self.updates = 0
@@ -233,10 +228,6 @@ class ActivationBank:
         """How many samples K-means sees."""
         return int(self.recent.sum())  # a sync: asked only when clustering
 
-    def clear(self) -> None:
-        """Forgets all values, not the clusters."""
-        self.seen_at.zero_()
-
     @torch.no_grad()
     def update(self, index: Tensor, A: Tensor) -> None:
         """Keeps A [b, D] of the samples `index` [b] (int64), from all ranks; all call it with the same b.
@@ -249,8 +240,6 @@ class ActivationBank:
         device = self.values.device
         index = _gather(index.to(device, non_blocking=True))
         A = _gather(A.detach().float().to(device))
-        if self.momentum:
-            A = torch.lerp(A, self.values[index], self.momentum * (self.seen_at[index, None] > 0))
         self.values[index] = A
         self.updates += 1
         self.seen_at.index_fill_(0, index, self.updates)  # [index] = would wait for the device
@@ -289,13 +278,12 @@ class ActivationBank:
         return (whiten @ axes * (signal / (signal + 1))).float() if signal[-1] > 0 else None
 
     def cluster(
-        self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 0, metric: Tensor | None = None
+        self, k: int, seed: int = 0, max_iter: int = 100, metric: Tensor | None = None
     ) -> Clusters:
         """K-means over the recent samples, from the last centres or K-means++; sets and returns `clusters`.
 
         An older sample is of the cluster whose centre is nearest to its last value.
 
-        restarts: further K-means++ starts; the result with the least inertia is kept.
         metric: [D, D], what A is multiplied by to find out which samples belong together. Centres and sigma2
             are in the units of A all the same. Raises ValueError while fewer than k samples are recent.
         """
@@ -315,10 +303,7 @@ class ActivationBank:
             if metric is not None:
                 A, old = A @ metric, old @ metric
                 start = None if start is None else start @ metric
-            results = [kmeans(A, k, start, max_iter, seed)]
-            for j in range(1, restarts + 1):
-                results.append(kmeans(A, k, None, max_iter, seed + j))
-            centers, labels[index], inertia[0] = min(results, key=lambda result: result[2])
+            centers, labels[index], inertia[0] = kmeans(A, k, start, max_iter, seed)
             labels[older] = assign(old, centers)[0]
             if metric is not None:
                 centers, inertia[0] = _means(self.values[index], labels[index], k)

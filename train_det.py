@@ -41,12 +41,12 @@ RECIPES = {
     "coco": dict(
         data=data.COCO_ROOT, layers=17, width=64, pyramid=256, short_sides=(800,), long_side=1333, anchor=32,
         proposals=1000, rois=512, iters=90_000, batch=16, lr=0.02, warmup=1000, eval_every=10_000,
-        bn_batches=200, eval_batch=1, bank_momentum=0.0,
+        bn_batches=200, eval_batch=1,
     ),
     "shapes": dict(
         layers=6, width=16, pyramid=32, short_sides=(128,), long_side=128, anchor=8, size=128, proposals=100,
         rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000, bn_batches=50, eval_batch=10,
-        bank_momentum=0.5,
+        subsets=2,
     ),
 }
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         "val": {"annotations": config.val_json, "images": config.val_images},
     }
     train_set = data.detection_dataset(
-        config.dataset, config.data, "train", train=True, masks=config.masks, jitter=config.jitter,
+        config.dataset, config.data, "train", train=True, masks=config.masks,
         **files["train"], **options)
     val_set = data.detection_dataset(
         config.dataset, config.data, "val", train=False, masks=config.masks, **files["val"], **options)
@@ -168,10 +168,9 @@ def main(argv: list[str] | None = None) -> None:
             ramp = budget_ramp((iteration - 1) / config.iters)
             terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)
         clusters = bank.clusters
-        if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
-            own = clusters.labels[index] if config.own == "bank" else None
+        if config.lambda2 and clusters is not None:
             terms["clustering"] = config.lambda2 * clustering_loss(
-                A, clusters.centers, clusters.sigma2, config.margin, own)
+                A, clusters.centers, clusters.sigma2, config.margin, clusters.labels[index])
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         of_gates = {}
         if logging:
@@ -200,8 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
-                metric, seed = bank.view_metric(), config.seed + iteration
-                bank.cluster(config.k, seed, restarts=config.kmeans_restarts, metric=metric)
+                bank.cluster(config.k, config.seed + iteration, metric=bank.view_metric())
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 

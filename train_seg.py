@@ -55,14 +55,11 @@ from routing import OPEN, ROUTES, Gate, RoutedBackbone, Routes
 # data.py.
 RECIPES = {
     "cityscapes": dict(
-        layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200,
-        bank_momentum=0.0),
+        layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200),
     "camvid": dict(
-        layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100,
-        bank_momentum=0.0),
+        layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100),
     "shapes": dict(
-        layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50,
-        bank_momentum=0.5),
+        layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50, subsets=2),
 }
 # Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and what gates, which start
 # at random, have of it.
@@ -70,9 +67,8 @@ FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
 VIEWS_EVERY = 4  # iterations from one second look at a batch to the next, --metric views
 # Settings that networks without gates have no use for.
 OF_GATES = (
-    "gate_lr", "lambda1", "budget", "lambda2", "lambda2_start", "margin", "k", "kmeans_every",
-    "kmeans_anneal", "kmeans_restarts", "activations", "bank_momentum", "bank_age", "own", "metric", "oracle",
-    "gate_space",
+    "gate_lr", "lambda1", "budget", "lambda2", "margin", "k", "kmeans_every", "kmeans_anneal", "activations",
+    "bank_age", "metric", "oracle", "gate_space",
 )
 
 
@@ -162,12 +158,8 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--data", help="its folder; shapes needs none")
     add("--short-sides", type=number(int, 16), nargs="+",
         help="the short side becomes one of these, drawn at random; a detector is evaluated with the last")
-    add("--subsets", type=number(int, 2, 4),
-        help="shapes: known subsets among the images, by default 3, with --hard 2")
+    add("--subsets", type=number(int, 2, 4), help="shapes: known subsets among the images")
     add("--size", type=number(int, 32), help="shapes: side of the images, a multiple of 32")
-    add("--hard", action="store_true",
-        help="shapes: the subsets differ in the size of objects alone; by default large and tiny ones")
-    add("--jitter", action="store_true", help="training images change their look, see data.photometric")
     cores = cores_per_process()
     workers = min(4, cores if torch.cuda.is_available() else cores // 2)
     add("--workers", type=number(int, 0), default=workers, help="loader processes per training process")
@@ -198,26 +190,20 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
-    add("--lambda2-start", type=number(float, 0, 1), default=0.0, help="share of training without that loss")
     add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
     add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
         help="factor by which that interval has grown in the end")
-    add("--kmeans-restarts", type=number(int, 0), default=4,
-        help="K-means++ starts tried beside the last centres")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
-    add("--bank-momentum", type=number(float, 0, 0.999),
-        help="share of a sample's old A(x) that is kept when it is seen again")
     add("--bank-age", type=number(int, 1), default=2000,
         help="K-means leaves out the samples that so many iterations have not seen")
-    add("--own", choices=["nearest", "bank"], default="bank",
-        help="pull an image to the nearest centre, or to that of its cluster at the last K-means update")
-    add("--metric", choices=["plain", "views"], default="plain",
-        help="distances in K-means: plain, or what changes when an image changes its look counts little")
+    add("--metric", choices=["views", "plain"], default="views",
+        help="distances in K-means: views, in which what the look of an image changes in A(x) counts little, "
+             "or plain, as in the paper")
     add("--oracle", action="store_true",
-        help="shapes: the means of the true subsets are the centres; sets --own bank and --metric plain")
+        help="shapes: the means of the true subsets are the centres; sets --metric plain")
     add("--gate-space", choices=["alpha", "logit"], default="alpha",
         help="cluster what gates give, or that before their tanh")
 
@@ -245,10 +231,9 @@ def complete(parser: Parser, config: argparse.Namespace, recipes: dict[str, dict
         network = re.sub(r"[^\w.-]+", "-", config.route) if vars(config).get("route") else config.variant
         config.name = f"{config.dataset}-{network}-seed{config.seed}"
     if config.k is None and not VARIANTS[config.variant].static:
-        subsets = config.subsets or data.default_subsets(config.hard)
-        config.k = subsets if config.dataset == "shapes" else 4
+        config.k = config.subsets if config.dataset == "shapes" else 4
     if config.oracle:
-        config.own, config.metric = "bank", "plain"
+        config.metric = "plain"
     if config.warmup is None:
         config.warmup = min(recipes[config.dataset]["warmup"], config.iters // 10)
     return config
@@ -256,7 +241,7 @@ def complete(parser: Parser, config: argparse.Namespace, recipes: dict[str, dict
 
 def shapes_options(config: argparse.Namespace) -> dict:
     """What the settings say of the shapes data set; of another, what does not apply to it."""
-    return {key: getattr(config, key) for key in ("subsets", "size", "hard") if getattr(config, key)}
+    return {key: getattr(config, key) for key in ("subsets", "size") if getattr(config, key)}
 
 
 def settle(config: argparse.Namespace, process: Process) -> None:
@@ -299,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = config.crop is not None  # all images of one size
     train_set = data.segmentation_dataset(
         config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides,
-        jitter=config.jitter, info=info, **files["train"], **options)
+        info=info, **files["train"], **options)
     val_set = data.segmentation_dataset(
         config.dataset, config.data, "val", train=False, info=info, **files["val"], **options)
     check_labels(train_set, val_set)
@@ -373,10 +358,9 @@ def main(argv: list[str] | None = None) -> None:
             ramp = budget_ramp((iteration - 1) / config.iters)
             terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
         clusters = bank.clusters
-        if config.lambda2 and clusters is not None and iteration > config.lambda2_start * config.iters:
-            own = clusters.labels[index] if config.own == "bank" else None
+        if config.lambda2 and clusters is not None:
             terms["clustering"] = config.lambda2 * clustering_loss(
-                A, clusters.centers, clusters.sigma2, config.margin, own)
+                A, clusters.centers, clusters.sigma2, config.margin, clusters.labels[index])
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         of_gates = {}
         if logging:
@@ -406,8 +390,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
-                metric, seed = bank.view_metric(), config.seed + iteration
-                bank.cluster(config.k, seed, restarts=config.kmeans_restarts, metric=metric)
+                bank.cluster(config.k, config.seed + iteration, metric=bank.view_metric())
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 
@@ -577,7 +560,7 @@ def make_bank(model: nn.Module, config, train_set, device: torch.device) -> Acti
         raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k as their number")
     place = "cpu" if device.type == "mps" else device  # K-means needs float64
     age = None if config.activations == "recompute" else config.bank_age
-    return ActivationBank(len(train_set), model.dim, place, config.bank_momentum, age)
+    return ActivationBank(len(train_set), model.dim, place, age)
 
 
 def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
@@ -609,7 +592,6 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-    bank.clear()  # --bank-momentum would keep a share of the old values
     for images, index in batches:
         bank.update(index, model.routes(images).activations(gate_space))
     for norm, momentum in zip(norms, momenta):
@@ -625,7 +607,7 @@ def gate_gradients(
     term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
     and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
     hinge_active: the share of images that the clustering loss moves; the others are beyond its margin, or,
-    with --own bank in the first epoch, in no cluster yet. A compiled network, which goes backward once,
+    in the first epoch, in no cluster yet. A compiled network, which goes backward once,
     leaves the task and the cost out.
     """
     found, opened = {}, routes.alpha > OPEN
@@ -659,7 +641,7 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
     path, saved = folder / "last.pt", None
     if path.exists():
         saved = read_file(path, "a checkpoint of this run; put best.pt in its place, or remove both")
-        if "log_bytes" not in saved or "seen_at" not in saved["bank"]:
+        if "log_bytes" not in saved or not saved["config"].keys() <= vars(config).keys():
             raise InputError(f"{path}: not a checkpoint that a run of this version can go on from")
     if process.world > 1:
         at = torch.tensor(saved["iteration"] if saved else 0, device=process.device)
