@@ -278,11 +278,12 @@ class ActivationBank:
         return (whiten @ axes * (signal / (signal + 1))).float() if signal[-1] > 0 else None
 
     def cluster(
-        self, k: int, seed: int = 0, max_iter: int = 100, metric: Tensor | None = None
+        self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 4, metric: Tensor | None = None
     ) -> Clusters:
-        """K-means over the recent samples, from the last centres or K-means++; sets and returns `clusters`.
+        """K-means over the recent samples; sets and returns `clusters`.
 
-        An older sample is of the cluster whose centre is nearest to its last value.
+        It starts from the last centres, if there are k, and from K-means++ `restarts` times, and keeps the
+        result with the least inertia. An older sample is of the cluster whose centre is nearest to its value.
 
         metric: [D, D], what A is multiplied by to find out which samples belong together. Centres and sigma2
             are in the units of A all the same. Raises ValueError while fewer than k samples are recent.
@@ -303,7 +304,9 @@ class ActivationBank:
             if metric is not None:
                 A, old = A @ metric, old @ metric
                 start = None if start is None else start @ metric
-            centers, labels[index], inertia[0] = kmeans(A, k, start, max_iter, seed)
+            starts = [start] + [None] * restarts
+            results = [kmeans(A, k, init, max_iter, seed + j) for j, init in enumerate(starts)]
+            centers, labels[index], inertia[0] = min(results, key=lambda result: result[2])
             labels[older] = assign(old, centers)[0]
             if metric is not None:
                 centers, inertia[0] = _means(self.values[index], labels[index], k)

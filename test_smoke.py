@@ -909,20 +909,21 @@ def test_the_best_matching_is_the_best_of_all(rows, columns):
 # ============ the bank ============
 
 
-def test_the_bank_keeps_the_latest_or_running_means_and_clusters_what_was_seen():
+def test_the_bank_keeps_the_latest_and_clusters_what_was_seen():
     bank, A = kmeans.ActivationBank(6, 3), torch.rand(6, 3, requires_grad=True)
     bank.update(torch.tensor([4, 1]), A[[4, 1]])
     bank.update(torch.tensor([1, 2, 5]), A[[0, 2, 5]])  # the latest of sample 1
     assert bank.count == 4 and bank.seen.tolist() == [False, True, True, False, True, True]
     values = bank.values[[1, 2, 4, 5]]
     assert torch.equal(values, A.detach()[[0, 2, 4, 5]]) and not values.requires_grad
-    clusters = bank.cluster(2, seed=1)
+    clusters = bank.cluster(2, seed=1, restarts=0)
     centers, labels, inertia = kmeans.kmeans(values, 2, seed=1)
     assert torch.equal(clusters.centers, centers) and clusters.sigma2 == inertia / 3
     assert clusters.sizes == torch.bincount(labels, minlength=2).tolist()
     assert clusters.labels[[1, 2, 4, 5]].tolist() == labels.tolist()
     assert clusters.labels[[0, 3]].tolist() == [-1, -1]  # not seen: of no cluster
-    torch.testing.assert_close(bank.cluster(2, max_iter=1).centers, centers)  # starts where it was
+    again = bank.cluster(2, max_iter=1, restarts=0)  # starts where it was
+    torch.testing.assert_close(again.centers, centers)
     refuses(lambda: bank.cluster(5), "at least 5")
     refuses(lambda: kmeans.ActivationBank(7, 3).load_state_dict(bank.state_dict()), "the state (6, 3)")
 
@@ -948,6 +949,16 @@ def test_kmeans_sees_what_was_seen_lately_and_older_samples_keep_a_cluster():
     assert bank.recent.tolist() == again.recent.tolist() == [True] + [False] * 4 + [True, True, False]
 
 
+def test_restarts_leave_a_bad_start():
+    x = torch.cat([blobs(60, 5, 1, seed=s) + 10 * s for s in (1, 2, 3)])
+    stuck = torch.stack([x[:120].mean(0), x[120:150].mean(0), x[150:].mean(0)])  # one centre for two blobs
+    for restarts, largest in ((0, 120), (4, 60)):
+        bank = kmeans.ActivationBank(180, 5)
+        bank.update(torch.arange(180), x)
+        bank.clusters = kmeans.Clusters(stuck, torch.zeros(180), 1.0, [])
+        assert max(bank.cluster(3, restarts=restarts).sizes) == largest
+
+
 def test_the_bank_clusters_in_a_metric_and_by_known_subsets():
     """Two groups in a column of small numbers, hidden behind noise in one of large numbers."""
     rng = np.random.default_rng(0)
@@ -965,7 +976,7 @@ def test_the_bank_clusters_in_a_metric_and_by_known_subsets():
     torch.testing.assert_close(centers, means, atol=1e-5, rtol=1e-5)
     spread = (A - means[truth]).double().square().sum().item() / 199
     assert weighted.sigma2 == pytest.approx(spread, rel=1e-5)
-    again = bank.cluster(2, max_iter=1, metric=metric)  # the start is in the units of A too
+    again = bank.cluster(2, max_iter=1, restarts=0, metric=metric)  # the start is in the units of A too
     torch.testing.assert_close(again.centers, weighted.centers)
     known = bank.cluster_known(truth, 2)
     torch.testing.assert_close(known.centers, means, atol=1e-5, rtol=1e-5)
