@@ -1361,6 +1361,10 @@ def test_shapes_end_with_the_recovered_subsets_and_the_oracles_centres():
         assert sum(row["experts"]) == 10
         init = row["gflops"] - rest - sum(row["gflops_by_stride"].values())
         assert -1e-9 <= init <= most + 1e-9
+    older = torch.load("runs/s/last.pt", weights_only=True)
+    older["config"]["hard"] = False  # what shapes were then is gone
+    torch.save(older, "older.pt")
+    refuses(lambda: run(evaluate.main, "older.pt", QUIET), "older.pt", "earlier version")
     subset = data.segmentation_dataset("shapes", None, "train", False, size=32).subset
     bank = checkpoint["bank"]
     for k in range(2):
@@ -2951,6 +2955,20 @@ def test_runs_on_different_files_are_different_settings():
     assert r"R\&D\_100\%" in evaluate.render([["a", "R&D_100%"]], "latex")
 
 
+def test_the_list_of_runs_has_a_row_for_each_with_all_digits():
+    runs = [made_up_run("a", 60.123456, k=2), made_up_run("b", 61.0, seed=1), made_up_run("c", 62.5, 2)]
+    runs[1].checkpoint["config"] |= {"name": "one, two"}  # the folder's name counts
+    text = evaluate.render(evaluate.list_runs(runs), "csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["run"] for row in rows] == ["a", "b", "c"] and [row["k"] for row in rows] == ["2", "3", "3"]
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] and float(rows[0]["mIoU"]) == 60.123456
+    for run, row in zip(runs, rows):
+        assert float(row["GFLOPs"]) == run.metrics["gflops"]["paper"]["mean"]
+        assert float(row["Inter"]) == run.metrics["inter"]
+        assert sum(map(int, row["images per expert"].split())) == 6
+        assert (row["dataset"], row["split"], row["variant"]) == ("shapes", "val", "divdr-a")
+
+
 def test_a_dollar_in_a_name_is_no_mathematics():
     figure, ((ax,),) = evaluate.new_figure(2, 2)
     ax.set(title=r"road $\frac{$", yscale="log", ylim=(1, 1000))
@@ -3058,7 +3076,7 @@ def test_figures_and_tables_reuse_what_is_kept_beside_the_checkpoint_while_it_is
     assert read_json("runs/seg/metrics.json") == before  # of val
     assert read_json("runs/seg/metrics-train.json")["split"] == "train"
     assert count(checkpoint, "--format markdown --data", trained / "camvid")[0] == 1  # other flags
-    assert count(checkpoint, "--format markdown")[0] == 1  # and these again
+    assert count(checkpoint, "--format csv")[0] == 1  # and these again
     shutil.copytree(checkpoint.parent, copied.parent)
     time.sleep(0.01)
     contents = torch.load(checkpoint, weights_only=True)
@@ -3357,6 +3375,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another():
     config = read_json("runs/run-2/config.json")
     assert (config["init"], config["lr"], config["gate_lr"]) == ("runs/run/last.pt", 0.05, 1.0)
     succeeds(train_seg.main, command, "--resume --log-every 2 --eval-every 1")  # nothing left to do
+    older = torch.load("runs/run-2/last.pt", weights_only=True)
+    older["config"]["own"] = "bank"  # a setting that is gone
+    torch.save(older, "runs/run-2/last.pt")
+    refuses(lambda: run(train_seg.main, started, "--resume"), "runs/run-2/last.pt", "this version")
     Path("camvid/train/00.png").unlink()
     Path("camvid/trainannot/00.png").unlink()
     refuses(lambda: run(train_seg.main, command, "--resume"), "--resume", "other data")
