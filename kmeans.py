@@ -182,7 +182,6 @@ class Clusters(NamedTuple):
         if self.metric is None:
             return assign(A, self.centers)
         metric = self.metric.to(A.device)
-        metric = metric.diag() if metric.dim() == 1 else metric  # [D] in older checkpoints
         return assign(A @ metric, self.centers.to(A.device) @ metric)
 
 
@@ -342,10 +341,9 @@ class ActivationBank:
         self.values.copy_(state["values"])
         self.seen_at.copy_(state["seen_at"])
         self.updates = state["updates"]
-        if "compared" in state:  # not in older checkpoints
-            self.within.copy_(state["within"])
-            self.between.copy_(state["between"])
-            self.compared = state["compared"]
+        self.within.copy_(state["within"])
+        self.between.copy_(state["between"])
+        self.compared = state["compared"]
         if state["clusters"] is not None:
             place = self.values.device
             clusters = Clusters(**state["clusters"])

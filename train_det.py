@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
-        if config.metric == "views" and iteration % VIEWS_EVERY == 0:
+        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
             A = look_again(model, bank, data.change_look(images), A, config)
         bank.update(index, A)
         due = iteration >= next_kmeans or iteration == config.iters

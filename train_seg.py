@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
-        if config.metric == "views" and iteration % VIEWS_EVERY == 0:
+        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
             other = data.normalize(data.change_look(pixels))
             A = look_again(model, bank, other, A, config)
         bank.update(index, A)
