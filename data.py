@@ -163,9 +163,9 @@ def segmentation_dataset(
 
     root: its folder, None for the default. split: "train", "val" or "test". train: True applies the
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
-    set's own; they act with train only. Of "folder" alone: info, what `folder_info` says;
-    images and labels, their folders, in place of those under root; names, a text file of the images to take,
-    one to a line. These three need info. shapes_options: see `ShapesDataset`.
+    set's own; they act with train only. Of "folder" alone: info, what `folder_info` says; images and labels,
+    their folders, in place of those under root; names, a text file of the images to take, one to a line.
+    These three need info. shapes_options: see `ShapesDataset`.
 
     Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
@@ -1415,9 +1415,8 @@ def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], 
 
 
 class Look(NamedTuple):
-    """What one subset looks like: a (low, high) range for each trait. Lengths are fractions of the image's
-    side, intensities are on 0..1. One value per image is drawn of each,
-    of `radius` one per object."""
+    """What a kind of scene looks like: a (low, high) range for each trait, from which each image draws one
+    value, of `radius` one per object. Lengths are fractions of the image's side, intensities on 0..1."""
 
     radius: tuple[float, float]  # of the objects
     brightness: tuple[float, float]  # of the background
