@@ -622,7 +622,7 @@ def gate_gradients(
         gradients = torch.autograd.grad(term, gates, retain_graph=True)
         gradient = torch.cat(gradients, 1).float()  # [B, 1 + nodes, 3]
         if gates[0] is not routes.logits:
-            gradient = gradient * opened
+            gradient = gradient.where(opened, 0)
         norms = len(gradient) * gradient[:, 1:].flatten(1).norm(dim=1)  # the init node is no part of A
         found[f"A_gradient_{name}"] = norms.mean()
         if name == "clustering":
