@@ -44,8 +44,8 @@ RECIPES = {
         bn_batches=200, eval_batch=1,
     ),
     "shapes": dict(
-        layers=6, width=16, pyramid=32, short_sides=(128,), long_side=128, anchor=8, size=128, proposals=100,
-        rois=64, iters=1000, batch=8, lr=0.05, warmup=50, eval_every=1000, bn_batches=50, eval_batch=10,
+        layers=6, width=16, pyramid=64, short_sides=(128,), long_side=128, anchor=8, size=128, proposals=100,
+        rois=64, iters=3000, batch=8, lr=0.05, warmup=50, eval_every=1000, bn_batches=50, eval_batch=10,
         subsets=2,
     ),
 }
