@@ -1040,6 +1040,8 @@ def test_another_look_leaves_objects_where_they_are_and_is_drawn_anew_for_each_i
     assert len({image.numpy().tobytes() for image in changed}) == 16
     inside, around = changed[:, :, 12:20, 12:20].float(), changed[:, :, :5].float()
     assert ((inside.mean((2, 3)) - around.mean((2, 3))).abs().amax(1) > 20).all()  # it is still seen
+    for _ in range(20):
+        data.change_look(torch.empty(2, 3, 32, 32, dtype=torch.uint8, device="meta"))  # waits for no device
     floats = data.change_look([picture / 255, torch.rand(3, 40, 24)])
     assert [image.shape for image in floats] == [(3, 32, 32), (3, 40, 24)]
     assert all(image.dtype == torch.float32 and 0 <= image.min() <= image.max() <= 1 for image in floats)
@@ -2956,11 +2958,11 @@ def test_runs_on_different_files_are_different_settings():
 
 
 def test_the_list_of_runs_has_a_row_for_each_with_all_digits():
-    runs = [made_up_run("a", 60.123456, k=2), made_up_run("b", 61.0, seed=1), made_up_run("c", 62.5, 2)]
-    runs[1].checkpoint["config"] |= {"name": "one, two"}  # the folder's name counts
+    runs = [made_up_run("a", 60.123456, k=2), made_up_run("b, c", 61.0, 1), made_up_run("d", 62.5, 2)]
     text = evaluate.render(evaluate.list_runs(runs), "csv")
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["run"] for row in rows] == ["a", "b", "c"] and [row["k"] for row in rows] == ["2", "3", "3"]
+    assert [row["run"] for row in rows] == ["a", "b, c", "d"]
+    assert [row["k"] for row in rows] == ["2", "3", "3"]
     assert [row["seed"] for row in rows] == ["0", "1", "2"] and float(rows[0]["mIoU"]) == 60.123456
     for run, row in zip(runs, rows):
         assert float(row["GFLOPs"]) == run.metrics["gflops"]["paper"]["mean"]

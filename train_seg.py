@@ -607,8 +607,8 @@ def gate_gradients(
     term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
     and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
     hinge_active: the share of images that the clustering loss moves; the others are beyond its margin, or,
-    in the first epoch, in no cluster yet. A compiled network, which goes backward once,
-    leaves the task and the cost out.
+    in the first epoch, in no cluster yet. A compiled network, which goes backward once, leaves the task and
+    the cost out.
     """
     found, opened = {}, routes.alpha > OPEN
     clustered = routes.logits if gate_space == "logit" else routes.alpha
