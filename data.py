@@ -23,7 +23,7 @@ for a recipe of its own, in RECIPES of train_seg.py. It augments its items where
 
 Images stay uint8 until they are on the device: a quarter of the memory and of the transfer. Whatever is wrong
 with the files is a `DataError`, one line that names the file and says what to do. Needs torch, torchvision,
-NumPy and Pillow, and pycocotools for detection.
+NumPy and Pillow, and pycocotools for detection; "shapes" lie in extras/shapes.py.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageFilter, UnidentifiedImageError
-from torch.nn import functional as F
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -165,12 +164,12 @@ def segmentation_dataset(
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
     set's own; they act with train only. Of "folder" alone: info, what `folder_info` says; images and labels,
     their folders, in place of those under root; names, a text file of the images to take, one to a line.
-    These three need info. shapes_options: see `ShapesDataset`.
+    These three need info. shapes_options: see extras/shapes.py.
 
     Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
-    _check_names(name, SEGMENTATION, split)
     own = {"images": images, "labels": labels, "names": names}
+    _check_arguments(name, SEGMENTATION, split, root, shapes_options)
     if name != "folder":
         info = SEGMENTATION[name]
         if any(own.values()):
@@ -182,28 +181,29 @@ def segmentation_dataset(
         info = folder_info(root, {s: {} for s in there or [split]})
     augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
     if name == "shapes":
-        _refuse_files(root)
-        return ShapesDataset(split, augment, **shapes_options)
-    _refuse_options(name, shapes_options)
+        return _shapes().ShapesDataset(split, augment, **shapes_options)
     return LabelledImages(info, root or info.root, split, augment, **own)
 
 
-def _check_names(name: str, names, split: str) -> None:
+def _check_arguments(name: str, names, split: str, root: str | None, shapes_options: dict) -> None:
     if name not in names:
         raise DataError(f"--dataset {name}: not known here; choose from {', '.join(names)}")
     if split not in SPLITS:
         raise DataError(f"split {split!r}: not known here; choose from {', '.join(SPLITS)}")
+    if name == "shapes" and root is not None:
+        raise DataError(f"{root}: --dataset shapes is made on the fly and reads no files; leave this out")
+    if name != "shapes" and shapes_options:
+        raise DataError(f"--dataset {name}: {', '.join(shapes_options)} can be set for --dataset shapes only")
 
 
-def _refuse_files(*files: str | None) -> None:
-    for file in files:
-        if file is not None:
-            raise DataError(f"{file}: --dataset shapes is made on the fly and reads no files; leave this out")
-
-
-def _refuse_options(name: str, options: dict) -> None:
-    if options:
-        raise DataError(f"--dataset {name}: {', '.join(options)} can be set for --dataset shapes only")
+def _shapes():
+    """extras/shapes.py. Raises DataError where it is not there."""
+    try:
+        from extras import shapes
+    except ModuleNotFoundError:
+        words = "needs extras/shapes.py, which is not here; copy it too, or name another data set"
+        raise DataError(f"--dataset shapes: {words}") from None
+    return shapes
 
 
 class LabelledImages(Dataset):
@@ -258,13 +258,13 @@ class LabelledImages(Dataset):
         """Raises DataError for a file that cannot be read, two sizes that differ, and an unknown label id."""
         image_path, label_path = self.pairs[index]
         image = read_image(image_path)
-        if label_path is None:
-            mask = np.full(image.shape[:2], IGNORE, dtype=np.uint8)
-        else:
+        mask = np.full(image.shape[:2], IGNORE, dtype=np.uint8)
+        if label_path is not None:
             mask = self.read_mask(label_path)
         _check_size(image_path, image.shape[:2], label_path, mask.shape)
         # The image stays a view of rows of RGB pixels, on which torchvision resizes fastest.
-        return _item(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), index, self.augment)
+        image, mask = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
+        return augmented_item(image, mask, index, self.augment)
 
     def read_mask(self, path: str) -> np.ndarray:
         """A label file -> uint8 [H, W] of class ids and IGNORE."""
@@ -335,6 +335,9 @@ def _code(rgb):
     return np.asarray(rgb, dtype=np.int64) @ [1 << 16, 1 << 8, 1]
 
 
+# ============ which files belong together ============
+
+
 def _pair_files(
     info: DatasetInfo, root: str, split: str, images: str | None, labels: str | None, names: str | None
 ) -> list[tuple[str, str | None]]:
@@ -372,17 +375,13 @@ def _pair_files(
     return [(path, labels[stem]) for stem, path in images.items()]
 
 
-def files_under(folder: str | os.PathLike, locked: list | None = None) -> list[str]:
-    """Paths of the files under a folder, sorted. Links are followed, but no folder is entered twice.
-
-    A folder that may not be read raises DataError, or goes into `locked`.
-    """
+def files_under(folder: str | os.PathLike) -> list[str]:
+    """Paths of the files under a folder, sorted, without hidden ones. Links are followed, but no folder is
+    entered twice. Raises DataError for a folder that may not be read."""
 
     def refuse(error: OSError) -> None:
         if isinstance(error, PermissionError):
-            if locked is None:
-                raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
-            locked.append(error.filename)
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
     entered, found = set(), []
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -391,13 +390,9 @@ def files_under(folder: str | os.PathLike, locked: list | None = None) -> list[s
             folders.clear()
             continue
         entered.add(real)
-        found += [os.path.join(where, name) for name in names]
-    return sorted(found)
-
-
-def is_hidden(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether a name below the folder, on the way to the file, starts with a dot."""
-    return any(part.startswith(".") for part in os.path.relpath(path, folder).split(os.sep))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(where, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if os.path.isfile(path))
 
 
 def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
@@ -405,7 +400,7 @@ def _list_files(folder: str, endings: list[str]) -> dict[str, str]:
     files = {}
     for path in files_under(folder):
         ending = next((e for e in endings if path.lower().endswith(e.lower())), None)
-        if ending and not is_hidden(path, folder) and os.path.isfile(path):
+        if ending:
             stem = _same_text(os.path.relpath(path, folder)[: -len(ending)])
             if stem in files:
                 raise DataError(f"{path}: {files[stem]} has the same name; remove one, or part the folders")
@@ -452,7 +447,7 @@ def _read_text(path: str) -> str:
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
-# ---- a folder of one's own ----
+# ============ a folder of one's own ============
 
 
 def folder_info(root: str | None, files: dict[str, dict], classes: str | None = None) -> DatasetInfo:
@@ -523,6 +518,10 @@ def _suited(info: DatasetInfo, side: int, images: int) -> DatasetInfo:
     return replace(info, crop=crop, short_sides=short_sides, batch=batch, eval_batch=eval_batch)
 
 
+# What others call the columns.
+_COLUMNS = {"pixel value": "id", "class": "name", "r": "red", "g": "green", "b": "blue"}
+
+
 def read_classes(path: str) -> DatasetInfo:
     """The table of a folder's classes, a text file with the columns id, name, red, green and blue.
 
@@ -531,45 +530,36 @@ def read_classes(path: str) -> DatasetInfo:
     labelmap.txt are such tables too.
     Raises DataError for a table without id or name, for ids outside 0..255, and for what comes twice.
     """
-    lines = [line for line in _read_text(path).splitlines() if line.strip(" ,;\t")]
-    lines = [line for line in lines if not line.startswith("sep=")]  # of a spreadsheet
+    lines = [line for line in _read_text(path).splitlines() if line.strip(" ,")]
     if lines and lines[0].startswith("# label:color_rgb"):  # then apple:164,101,10::
         rows = enumerate(line.replace(":", ",") for line in lines[1:])
         lines = ["id,name,red,green,blue", *(f"{label_id},{row}" for label_id, row in rows)]
-    separator = max(",;\t", key=lines[0].count) if lines else ","  # spreadsheets differ in it
     try:
-        rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+        header, *rows = csv.reader(lines or [""], skipinitialspace=True)
     except csv.Error as error:
         raise DataError(f"{path}: no table ({error})") from error
-    header = [_COLUMNS.get(title.strip().lower(), title.strip().lower()) for title in rows[0]] if rows else []
-    if not {"id", "name"} <= set(header):
-        raise DataError(f"{path}: its first line must name the columns: id,name or id,name,red,green,blue")
-    strange = [title for title in header if title not in ("", "id", "name", "red", "green", "blue")]
-    if strange:
-        raise DataError(f"{path}: the column {strange[0]} is not known; there are id,name,red,green,blue")
+    header = [_COLUMNS.get(title.strip().lower(), title.strip().lower()) for title in header]
+    if not {"id", "name"} <= set(header) <= {"", "id", "name", "red", "green", "blue"}:
+        needed = "id,name or id,name,red,green,blue"
+        raise DataError(f"{path}: its first line is {','.join(header)}; it must name the columns, {needed}")
     names, colours = {}, {}
-    for n, cells in enumerate(rows[1:], 2):
+    for n, cells in enumerate(rows, 2):
         row = dict(zip(header, map(str.strip, cells)))
-        rgb = [row.get(channel) or None for channel in ("red", "green", "blue")]
         try:
-            label_id, *colour = (_whole(cell) for cell in (row["id"], *rgb) if cell is not None)
-            names_it = bool(row["name"])
+            label_id, name = _whole(row["id"]), row["name"]
+            colour = [_whole(row[channel]) for channel in ("red", "green", "blue") if row.get(channel)]
+            fits = name and len(colour) in (0, 3) and all(0 <= value <= 255 for value in (label_id, *colour))
         except (KeyError, ValueError):
-            names_it = False
-        if not names_it:
-            raise DataError(f"{path}: row {n}: {cells} is no id with a name, and a colour or none")
+            fits = False
+        if not fits:
+            words = f"{cells} is no id with a name, and a colour or none, on 0 to 255"
+            raise DataError(f"{path}: row {n}: {words}")
         if label_id in names:
             raise DataError(f"{path}: row {n}: the id {label_id} is listed twice")
-        names[label_id] = row["name"]
+        names[label_id] = name
         if colour:
             colours[label_id] = tuple(colour)
-        if len(colour) not in (0, 3) or not all(0 <= value <= 255 for value in (label_id, *colour)):
-            raise DataError(f"{path}: row {n}: {cells} has an id or colours that are not on 0 to 255")
     return _info_of(names, colours, path)
-
-
-# By what others call them.
-_COLUMNS = {"pixel value": "id", "class": "name", "r": "red", "g": "green", "b": "blue"}
 
 
 def _whole(text) -> int:
@@ -608,18 +598,18 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION, _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0  # tags of EXIF and TIFF
+_ORIENTATION = 274  # tag of EXIF
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture as viewers show it, uint8 [H, W, 3] RGB: turned as its EXIF says, grey of more bits scaled.
+    """A picture as viewers show it, uint8 [H, W, 3] RGB, turned as its EXIF says.
 
     Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
-    is missing, damaged or too large, or has values outside the range of its type.
+    is missing, damaged or too large, or has more than 8 bits to a channel.
     """
-    with _opened(path) as (image, source):
-        if image.mode.startswith(("I", "F")):
-            image = _in_8_bits(image, source, path)
+    with _opened(path) as (image, _):
+        if image.mode.startswith(("I", "F")):  # of which Pillow would show two levels of grey
+            raise DataError(f"{path}: has more than 8 bits to a pixel; scale it to 8")
         return np.array(image.convert("RGB"))
 
 
@@ -630,16 +620,15 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     for what cannot hold ids.
     """
     with _opened(path) as (image, source):
-        raw, packing = source["raw"], source["compression"] or ""
-        if source["format"] not in ("PNG", "BMP", "TIFF") or "jpeg" in packing:
-            raise DataError(f"{path}: is a {source['format']} inside, which blurs ids; save labels as PNG")
+        if source.format not in ("PNG", "BMP", "TIFF") or "jpeg" in source.compression:
+            raise DataError(f"{path}: is a {source.format} inside, which blurs ids; save labels as PNG")
         if image.mode in ("RGB", "RGBA"):
-            if ";16" in raw:  # of which Pillow gives the upper half
+            if ";16" in source.raw:  # of which Pillow gives the upper half
                 raise DataError(f"{path}: has 16 bits to a channel; save ids or colours with 8")
             return np.array(image.convert("RGB")), None
         ids, palette = np.array(image), None
         for bits, step in (("L;2", 85), ("L;4", 17)):  # Pillow makes 0..255 of 2 and 4 bits
-            if bits in raw:
+            if bits in source.raw:
                 ids = ids // step
         if image.mode == "P":
             stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
@@ -653,7 +642,7 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Height and width of a picture as seen; of most formats the pixels are not read for it."""
-    with _opened(path, load=False) as (image, source):
+    with _opened(path, load=False) as (image, _):
         if image.format == "TIFF":  # these Pillow turns itself
             image.load()
         no_exif = image.format == "PNG" and "exif" not in image.info  # else it would read on to the end
@@ -661,14 +650,20 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
+class _Source(NamedTuple):
+    """How a file has its picture."""
+
+    format: str
+    compression: str  # of a TIFF
+    raw: str  # bits and channels among it
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike, load: bool = True):
-    """Pillow's picture, loaded and turned, and how the file has it; what goes wrong inside becomes a
-    DataError."""
+    """Pillow's picture, loaded and turned, and its `_Source`; what goes wrong inside becomes a DataError."""
     try:
         with Image.open(path) as image:
-            source = {"format": image.format, "compression": image.info.get("compression")}
-            source |= {"raw": str(image.tile[:1]), "tags": getattr(image, "tag_v2", {})}  # of a TIFF
+            source = _Source(image.format, str(image.info.get("compression")), str(image.tile[:1]))
             if load:
                 image.load()
                 turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # none of a TIFF: Pillow has turned it
@@ -676,29 +671,16 @@ def _opened(path: str | os.PathLike, load: bool = True):
             yield image, source
     except DataError:
         raise
-    except Image.DecompressionBombError as error:
-        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that Pillow opens"
-        raise DataError(f"{path}: has more than {limit}; scale it down, or cut it into parts") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: needs more memory than there is; scale it down, or cut it") from error
     except Exception as error:  # on a damaged file Pillow raises anything from TypeError to struct.error
         reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, UnidentifiedImageError):
+        if isinstance(error, Image.DecompressionBombError):
+            limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that Pillow opens"
+            reason = f"more than {limit}; scale it down, or cut it into parts"
+        elif isinstance(error, MemoryError):
+            reason = "more memory is needed than there is; scale it down, or cut it into parts"
+        elif isinstance(error, UnidentifiedImageError):
             reason = "no format that Pillow knows, or damaged"
         raise DataError(f"{path}: cannot be read as an image ({reason})") from error
-
-
-def _in_8_bits(image: Image.Image, source: dict, path) -> Image.Image:
-    """Grey of more than 8 bits -> 8. Integers are taken to go from 0 to the largest of their bits, of 32 bits
-    to that of 16; floats from 0 to 1."""
-    values, tags = np.array(image), source["tags"]
-    most = 1.0 if image.mode == "F" else 2 ** min(tags.get(_BITS, (16,))[0], 16) - 1
-    if not (values.min() >= 0 and values.max() <= most):  # also where something is NaN
-        words = f"its values go from {values.min():g} to {values.max():g}, and not from 0 to {most:g}"
-        raise DataError(f"{path}: {words}; save it with 8 bits to a channel")
-    grey = (values * (255 / most) + 0.5).astype(np.uint8)
-    white_is_zero = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    return Image.fromarray(255 - grey if white_is_zero else grey)
 
 
 # ============ transforms ============
@@ -774,7 +756,7 @@ def change_look(images):
     return torch.stack(changed) if isinstance(images, torch.Tensor) else changed
 
 
-def _item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
+def augmented_item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
     if augment is not None:
         image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
     return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
@@ -826,18 +808,16 @@ def detection_dataset(
     With torch.distributed the first process reads the file for all.
     Raises DataError for what is missing or malformed.
     """
-    _check_names(name, DETECTION, split)
+    _check_arguments(name, DETECTION, split, root or annotations or images, shapes_options)
     if name == "shapes":
-        _refuse_files(root, annotations, images)
-        return ShapesDetection(split, train, masks, limit, **shapes_options)
-    _refuse_options(name, shapes_options)
+        return _shapes().ShapesDetection(split, train, masks, limit, **shapes_options)
     usual_annotations, usual_images = COCO_LAYOUT[split]
     root = root or COCO_ROOT
     annotations = annotations or os.path.join(root, usual_annotations)
     return CocoImages(annotations, images or os.path.join(root, usual_images), train, masks, limit)
 
 
-def _flip_and_sanitize(train: bool) -> v2.Compose:
+def detection_transforms(train: bool) -> v2.Compose:
     """Boxes to x1 y1 x2 y2 inside the image; drops what is no object any more, with label and mask."""
     steps = [v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     if train:
@@ -845,41 +825,57 @@ def _flip_and_sanitize(train: bool) -> v2.Compose:
     return v2.Compose(steps)
 
 
-def _detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
+def detection_item(image, target: dict, index: int, transforms: v2.Compose) -> tuple:
     """image [3, H, W] and tv_tensors in target -> the item, of plain tensors."""
     image, target = transforms(tv_tensors.Image(image), target)
     target = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
     return image.as_subclass(torch.Tensor), target, index
 
 
-class CocoFile(NamedTuple):
-    """What a json file in COCO's format says, checked: N images by id, and M objects, image by image.
+class Object(NamedTuple):
+    """An annotation, checked."""
 
-    Objects lie in a few tensors, which loader processes share with the one that started them. As Python's own
-    objects the 860,000 of COCO would take 3 GB, and in time as much again in each process that looks at them.
+    label: int  # 1 for the first class
+    box: list[float]  # x, y, width and height in pixels, inside the image
+    area: float
+    crowd: bool
+    outline: bytes  # the segmentation, polygons or run lengths, pickled; empty without masks
+
+    def mask(self, height: int, width: int) -> np.ndarray:
+        """uint8 [height, width]."""
+        from pycocotools import mask as rle
+
+        segmentation = pickle.loads(self.outline)
+        if isinstance(segmentation, list):
+            segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation["counts"], list):
+            segmentation = rle.frPyObjects(segmentation, height, width)
+        return rle.decode(segmentation)
+
+
+class CocoFile(NamedTuple):
+    """What a json file in COCO's format says, checked: N images by id, and the objects in each.
+
+    Objects lie pickled in one tensor, which loader processes share with the one that started them. As those
+    of Python the 860,000 of COCO would take 3 GB, and in time as much again in each process that looks.
     """
 
     classes: list[str]  # by category id
     category_ids: list  # numbers or text, as the file has them
     image_ids: list
     names: list[str]  # [N], under the image folder
-    flat: list  # ids of the annotations whose box has a side under a pixel in the image, or whose mask none
     sizes: torch.Tensor  # [N, 2] int64, height and width
-    first: torch.Tensor  # [N + 1] int64: image i has the objects from first[i] to first[i + 1]
-    labels: torch.Tensor  # [M] int64, 1 for the first class
-    boxes: torch.Tensor  # [M, 4] float64, x, y, width and height in pixels, inside the image
-    areas: torch.Tensor  # [M] float64
-    crowds: torch.Tensor  # [M] bool
-    outlines: torch.Tensor  # uint8, the segmentations, pickled, one behind the other; [0] without masks
-    outline: torch.Tensor  # [M + 1] int64: object j has outlines[outline[j] : outline[j + 1]]
+    flat: list  # ids of the annotations whose box has a side under a pixel in the image, or whose mask none
+    count: int  # of objects
+    crowds: int  # how many of them are crowds
+    usable: torch.Tensor  # bool [N]: with an object that is no crowd, and whose sides have a pixel or more
+    packed: torch.Tensor  # uint8
+    ends: torch.Tensor  # [N + 1] int64: the objects of image i are packed[ends[i] : ends[i + 1]]
 
-    def segmentation(self, j: int):
-        """Of object j: polygons, or run lengths."""
-        return pickle.loads(self.outlines[self.outline[j] : self.outline[j + 1]].numpy().tobytes())
-
-    def to_learn_from(self) -> torch.Tensor:
-        """bool [M]: no crowd, nor a box with a side under a pixel."""
-        return (self.boxes[:, 2:] >= 1).all(1) & ~self.crowds
+    def objects(self, row: int) -> list[Object]:
+        """Those of the image in a row of the file."""
+        start, end = self.ends[row : row + 2].tolist()
+        return [Object(*values) for values in pickle.loads(self.packed[start:end].numpy().tobytes())]
 
 
 def read_coco(path: str, masks: bool) -> CocoFile:
@@ -905,7 +901,7 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         categories, images = (_by_id(path, part, contents[part]) for part in ("categories", "images"))
         classes = [str(category["name"]) for category in categories.values()]
         names = [str(image["file_name"]) for image in images.values()]
-        objects = list(contents.get("annotations", ()))
+        annotations = list(contents.get("annotations", ()))
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -916,39 +912,37 @@ def read_coco(path: str, masks: bool) -> CocoFile:
     label = {key: number for number, key in enumerate(categories, 1)}
     row = {key: number for number, key in enumerate(images)}
 
-    table, packed, flat, ids = array("d"), [], [], set()  # table: 8 numbers for each object
-    for n, found in enumerate(objects, 1):
+    objects, flat, ids = [[] for _ in names], [], set()
+    for n, found in enumerate(annotations, 1):
+        name = found.get("id", f"number {n}") if isinstance(found, dict) else f"number {n}"
         try:
             if not isinstance(found, dict):
                 raise ValueError("is no record")
             key = None if found.get("id") is None else _key(found["id"])
             if key in ids:
                 raise ValueError("has the same id as another")
-            record = _clean(found, label, row, sizes)
-            outline = _check_outline(found.get("segmentation"), *sizes[record[0]]) if masks else b""
+            at, record = _clean(found, label, row, sizes)
+            if masks:
+                outline = _check_outline(found.get("segmentation"), *sizes[at])
+                record = record._replace(outline=outline)
         except (ValueError, TypeError) as error:
-            name = found.get("id", f"number {n}") if isinstance(found, dict) else f"number {n}"
             raise DataError(f"{path}: annotation {name} {error}") from error
         if key is not None:
             ids.add(key)
-        empty = masks and not outline
-        if record[4] < 1 or record[5] < 1 or empty:
-            flat.append(found.get("id", f"number {n}"))
-        if record[4] > 0 and record[5] > 0 and not empty:
-            table.extend(record)
-            packed.append(outline)
-    table = torch.from_numpy(np.array(table)).view(-1, 8)
-    order = table[:, 0].argsort(stable=True)  # image by image
-    rows, labels, *box, areas, crowds = table[order].T
-    packed = [packed[j] for j in order.tolist()]
+        empty = masks and not record.outline
+        if min(record.box[2:]) < 1 or empty:
+            flat.append(name)
+        if min(record.box[2:]) > 0 and not empty:
+            objects[at].append(record)
+    usable = [any(not found.crowd and min(found.box[2:]) >= 1 for found in of_image) for of_image in objects]
+    packed = [pickle.dumps([tuple(found) for found in of_image]) for of_image in objects]
     return CocoFile(
         classes, [category["id"] for category in categories.values()],
-        [image["id"] for image in images.values()], names, flat,
-        sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
-        first=F.pad(rows.long().bincount(minlength=len(images)).cumsum(0), (1, 0)),
-        labels=labels.long(), boxes=torch.stack(box, 1), areas=areas.clone(), crowds=crowds != 0,
-        outlines=torch.from_numpy(np.frombuffer(bytearray().join(packed), dtype=np.uint8)),
-        outline=torch.tensor([0, *map(len, packed)]).cumsum(0))
+        [image["id"] for image in images.values()], names, torch.tensor(sizes).view(-1, 2), flat,
+        count=sum(map(len, objects)), crowds=sum(found.crowd for of_image in objects for found in of_image),
+        usable=torch.tensor(usable, dtype=torch.bool),
+        packed=torch.from_numpy(np.frombuffer(bytearray().join(packed), dtype=np.uint8)),
+        ends=torch.tensor([0, *map(len, packed)]).cumsum(0))
 
 
 def _by_id(path: str, part: str, records: list[dict]) -> dict:
@@ -987,26 +981,25 @@ def _number(value) -> float:
 def _size_of(path: str, image: dict) -> tuple[int, int]:
     """Height and width of an image."""
     try:
-        height, width = (_number(image[side]) for side in ("height", "width"))
+        height, width = (_whole(image[side]) for side in ("height", "width"))
         if 1 <= min(height, width) and max(height, width) < 2**31:
-            return _whole(height), _whole(width)
+            return height, width
     except (KeyError, ValueError, TypeError, OverflowError):
         pass
     said = f"the width {image.get('width')!r} and the height {image.get('height')!r}"
     raise DataError(f"{path}: image {image['id']!r} has {said}; pixels are needed, 1 or more")
 
 
-def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) -> list[float]:
-    """[row, label, x, y, width, height, area, crowd] of an annotation; the box is cut at the image's edges.
+def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) -> tuple[int, Object]:
+    """An annotation -> the row of its image, and the object, its box cut at the image's edges.
 
     label, row: of the categories and of the images, by `_key` of their ids; sizes: of the images. ValueError
     says what is wrong.
     """
     category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
+    area, crowd = found.get("area"), found.get("iscrowd")
     try:
-        number, at = label.get(category), row.get(image)  # which finds most
-        if number is None or at is None:
-            number, at = label.get(_key(category)), row.get(_key(image))
+        number, at = label.get(_key(category)), row.get(_key(image))
     except (ValueError, TypeError):
         words = f"refers to the category {category!r} and the image {image!r}"
         raise ValueError(f"{words}; an id is a number or a text") from None
@@ -1014,7 +1007,6 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
         raise ValueError(f"is of category {category!r}, which is not among its categories")
     if at is None:
         raise ValueError(f"is of image {image!r}, which it does not list")
-    (height, width), area, crowd = sizes[at], found.get("area"), found.get("iscrowd")
     try:
         x, y, w, h = map(float, box)
         area = w * h if area is None else float(area)
@@ -1027,11 +1019,12 @@ def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) ->
         raise ValueError(f"has the box {box!r}, the area {area!r} and the iscrowd {crowd!r}; {needed}")
     if not 0 < area <= 2 * w * h:  # of a mask that is no larger than its box; rounding may make it so
         area = w * h
+    height, width = sizes[at]
     if x < 0 or y < 0 or x + w > width or y + h > height:
         right, bottom, x, y = min(x + w, width), min(y + h, height), max(x, 0.0), max(y, 0.0)
         w, h = right - x, bottom - y
         area = min(area, max(w, 0.0) * max(h, 0.0))
-    return [at, number, x, y, w, h, area, crowd]
+    return at, Object(number, [x, y, w, h], area, crowd != 0, b"")
 
 
 _FAR = 1e5  # pixels: pycocotools takes memory for every pixel that an outline passes, outside the image too
@@ -1050,14 +1043,9 @@ def _pack_polygons(segmentation):
         # A sum is finite where all are; and NaN is neither less nor more than others.
         if len(polygon) < 6 or len(polygon) % 2 or not math.isfinite(sum(polygon)):
             return segmentation
-        low, high = min(polygon), max(polygon)
-        if low < -_FAR or high > _FAR or len(polygon) * (high - low) > 1e7 and _length_of(polygon) > 1e7:
+        if min(polygon) < -_FAR or max(polygon) > _FAR:
             return segmentation
     return pickle.dumps(polygons) if corners else segmentation
-
-
-def _length_of(polygon: array) -> float:
-    return np.abs(np.diff(np.array(polygon).reshape(-1, 2), axis=0)).sum()
 
 
 def _check_outline(segmentation, height: int, width: int) -> bytes:
@@ -1088,7 +1076,8 @@ def _check_outline(segmentation, height: int, width: int) -> bytes:
 
 def _run_lengths(text: str) -> np.ndarray:
     """pycocotools' compressed run lengths, int64: numbers of 5 bits to a character, low ones first; from the
-    fourth on each is the difference to the one two before it. ValueError where the text ends in a number."""
+    fourth on each is the difference to the one two before it. ValueError where the text ends in a number.
+    (pycocotools itself decodes what does not fit its image to masks of uninitialised memory, or hangs.)"""
     codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes & 32 == 0)
     if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
@@ -1126,24 +1115,19 @@ class CocoImages(Dataset):
 
     subset = None
 
-    def __init__(
-        self, annotations: str, images: str, train: bool, masks: bool, limit: int | None
-    ):
+    def __init__(self, annotations: str, images: str, train: bool, masks: bool, limit: int | None):
         self.annotations, self.root, self.masks, self.train = annotations, images, masks, train
         self.file = on_first_rank(self._read)
         self.classes, self.category_ids = self.file.classes, self.file.category_ids
         self.palette = class_colours(len(self.classes))
-        rows = list(range(len(self.file.names)))
-        if train:
-            counts = F.pad(self.file.to_learn_from().cumsum(0), (1, 0))[self.file.first]
-            rows = counts.diff().nonzero().squeeze(1).tolist()
-        self.rows = rows[:limit]  # of the file
+        wanted = self.file.usable if train else torch.ones_like(self.file.usable)
+        self.rows = wanted.nonzero().squeeze(1).tolist()[:limit]  # of the file
         if not self.rows:
             raise DataError(f"{annotations}: lists no images")
         self.image_ids = [self.file.image_ids[row] for row in self.rows]
         height, width = self.file.sizes[self.rows].double().unbind(1)
         self.aspect_ratios = (width / height).tolist()
-        self.transforms = _flip_and_sanitize(train)
+        self.transforms = detection_transforms(train)
 
     def _read(self) -> CocoFile:
         """The json file; every image that it lists is a file inside the folder."""
@@ -1161,11 +1145,11 @@ class CocoImages(Dataset):
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
             remarks.append(f"{which} have a side under a pixel inside their image, or an empty mask,")
-        if self.train and file.crowds.double().mean() > 0.1:  # CVAT writes whatever was painted as a crowd
-            share = f"{file.crowds.sum()} of {len(file.crowds)} annotations"
+        if self.train and file.crowds > 0.1 * file.count:  # CVAT writes whatever was painted as a crowd
+            share = f"{file.crowds} of {file.count} annotations"
             remarks.append(f"{share} have iscrowd 1 (set it to 0 where they are single objects)")
         remark = " and ".join(remarks) + " and are no objects to learn from"
-        if self.train and not file.to_learn_from().any():
+        if self.train and not file.usable.any():
             why = f"; {remark}" if remarks else ""
             raise DataError(f"{self.annotations}: no image has an object to learn from{why}")
         if remarks:
@@ -1195,7 +1179,7 @@ class CocoImages(Dataset):
     @property
     def has_truth(self) -> bool:
         """Whether there are objects to find; a test split has none, nor has one of crowds alone."""
-        return bool((~self.file.crowds).any())
+        return self.file.count > self.file.crowds
 
     def image_name(self, index: int) -> str:
         """The image's path under the image folder."""
@@ -1203,23 +1187,23 @@ class CocoImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
         """Raises DataError for an image that cannot be read or has another size than annotated."""
-        row, file = self.rows[index], self.file
-        path = os.path.join(self.root, file.names[row])
+        row = self.rows[index]
+        path = os.path.join(self.root, self.file.names[row])
         image = read_image(path)
         height, width = image.shape[:2]
-        _check_size(path, (height, width), self.annotations, file.sizes[row].tolist())
-        objects = torch.arange(file.first[row], file.first[row + 1])
-        objects = objects[~file.crowds[objects]]
-        boxes = file.boxes[objects].float()
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width))
-        target = {"boxes": boxes, "labels": file.labels[objects]}
+        _check_size(path, (height, width), self.annotations, self.file.sizes[row].tolist())
+        objects = [found for found in self.file.objects(row) if not found.crowd]
+        target = {}
         if self.masks:
-            masks = [_decode(file.segmentation(j), height, width) for j in objects.tolist()]
-            masks = torch.from_numpy(np.array(masks, dtype=np.uint8).reshape(-1, height, width))
-            seen = (masks > 0).flatten(1).any(1)  # others are outside, or thinner than a pixel
-            boxes = tv_tensors.wrap(boxes[seen], like=boxes)
-            target = {"boxes": boxes, "labels": target["labels"][seen], "masks": tv_tensors.Mask(masks[seen])}
-        return _detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
+            masks = [found.mask(height, width) for found in objects]
+            seen = [bool(mask.any()) for mask in masks]  # others are outside, or thinner than a pixel
+            objects = list(itertools.compress(objects, seen))
+            masks = np.array(list(itertools.compress(masks, seen)), dtype=np.uint8).reshape(-1, height, width)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        boxes = torch.tensor([found.box for found in objects], dtype=torch.float32).view(-1, 4)
+        target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width))
+        target["labels"] = torch.tensor([found.label for found in objects], dtype=torch.int64)
+        return detection_item(torch.from_numpy(image).permute(2, 0, 1), target, index, self.transforms)
 
     @cached_property
     def coco(self):
@@ -1229,31 +1213,19 @@ class CocoImages(Dataset):
         0 as "not matched", and a text as a list of ids: so images have their row in the file as id,
         categories their label, and objects their number, from 1.
         """
-        file, annotations = self.file, []
-        images = [dict(id=row, height=h, width=w) for row, (h, w) in enumerate(file.sizes.tolist())]
-        image_of = torch.arange(len(images)).repeat_interleave(file.first.diff()).tolist()
-        columns = (file.labels, file.boxes, file.areas, file.crowds.int())
-        columns = (column.tolist() for column in columns)
-        for j, (row, label, box, area, crowd) in enumerate(zip(image_of, *columns)):
-            annotation = dict(id=j + 1, image_id=row, category_id=label, bbox=box, area=area, iscrowd=crowd)
-            if self.masks:
-                annotation["segmentation"] = file.segmentation(j)
-            annotations.append(annotation)
-        return _pycocotools(images, annotations, self.classes)
+        images, annotations = [], []
+        for row, (height, width) in enumerate(self.file.sizes.tolist()):
+            images.append(dict(id=row, height=height, width=width))
+            for found in self.file.objects(row):
+                annotation = dict(id=len(annotations) + 1, image_id=row, category_id=found.label)
+                annotation |= dict(bbox=found.box, area=found.area, iscrowd=int(found.crowd))
+                if self.masks:
+                    annotation["segmentation"] = pickle.loads(found.outline)
+                annotations.append(annotation)
+        return coco_of(images, annotations, self.classes)
 
 
-def _decode(segmentation, height: int, width: int) -> np.ndarray:
-    """Polygons or run lengths, compressed or not -> uint8 [height, width]."""
-    from pycocotools import mask as rle
-
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    return rle.decode(segmentation)
-
-
-def _pycocotools(images: list[dict], annotations: list[dict], classes: list[str]):
+def coco_of(images: list[dict], annotations: list[dict], classes: list[str]):
     """pycocotools' `COCO` of these; categories have their labels as ids, from 1."""
     from pycocotools.coco import COCO
 
@@ -1265,10 +1237,16 @@ def _pycocotools(images: list[dict], annotations: list[dict], classes: list[str]
     return coco
 
 
+def rgb_of(brightness: float, hue: float, saturation: float) -> np.ndarray:
+    """RGB [3, 1, 1] on 0..1, with the brightness as its mean where the range allows; hue in turns."""
+    rgb = [brightness + saturation * math.cos(2 * math.pi * (hue + third / 3)) for third in range(3)]
+    return np.array([[[min(max(c, 0), 1)]] for c in rgb], dtype=np.float32)
+
+
 def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
     """RGB 0..255 for each class: hues a golden section apart, so that neighbours in the list differ most, and
     after five of them another brightness."""
-    colours = [_colour((0.5, 0.7, 0.3)[i // 5 % 3], 0.618034 * i, 0.35).ravel() for i in range(count)]
+    colours = [rgb_of((0.5, 0.7, 0.3)[i // 5 % 3], 0.618034 * i, 0.35).ravel() for i in range(count)]
     return tuple(tuple(int(255 * channel) for channel in colour) for colour in colours)
 
 
@@ -1332,15 +1310,14 @@ def mix_seeds(*numbers: int) -> int:
 
 
 def train_loader(
-    dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0, world: int = 1,
-    persistent: bool = True,
+    dataset: Dataset, batch: int, workers: int = 0, seed: int = 0, rank: int = 0, world: int = 1
 ) -> DataLoader:
     """This rank's share, batch // world, of shuffled global batches of `batch`; see `forever`.
 
     Batches are (images uint8 [B, 3, H, W], masks uint8 [B, H, W], indices int64 [B]); in detection (list of
     images, list of targets, indices). What does not fill a batch is left out of the epoch. Order and
-    augmentations depend on the seed, the epoch and the index only. persistent: workers live on from epoch to
-    epoch. Raises DataError if the ranks cannot share the batch equally or the data set is smaller than it.
+    augmentations depend on the seed, the epoch and the index only. Raises DataError if the ranks cannot share
+    the batch equally or the data set is smaller than it.
     """
     if batch < 1 or batch % world:
         raise DataError(f"--batch {batch}: cannot be shared by {world} processes; use a multiple of {world}")
@@ -1348,7 +1325,7 @@ def train_loader(
         raise DataError(f"--batch {batch}: only {len(dataset)} images to train on; use a smaller one")
     ratios = getattr(dataset, "aspect_ratios", None)
     batches = GlobalBatches(len(dataset), ratios, batch, rank, world, seed)
-    options = dict(batch_sampler=batches, persistent_workers=persistent and workers > 0)
+    options = dict(batch_sampler=batches, persistent_workers=workers > 0)
     return _loader(SeededItems(dataset, seed), workers, collate_fn=_collate_of(dataset), **options)
 
 
@@ -1409,258 +1386,3 @@ def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def _collate_lists(items: list[tuple]) -> tuple[list[torch.Tensor], list[dict], torch.Tensor]:
     images, targets, indices = zip(*items)
     return list(images), list(targets), torch.tensor(indices)
-
-
-# ============ shapes ============
-
-
-class Look(NamedTuple):
-    """What a kind of scene looks like: a (low, high) range for each trait, from which each image draws one
-    value, of `radius` one per object. Lengths are fractions of the image's side, intensities on 0..1."""
-
-    radius: tuple[float, float]  # of the objects
-    brightness: tuple[float, float]  # of the background
-    hue: tuple[float, float]  # of the background, in turns: 0 red, -1/6 yellow
-    tint: tuple[float, float]  # of the background: 0 grey
-    contrast: tuple[float, float]  # of the objects against the background, at most 0.5
-    colour: tuple[float, float]  # of the objects: 0 grey
-    gradient: tuple[float, float]  # change of brightness across the background
-    ripple: tuple[float, float]  # waves in the background
-    streaks: tuple[float, float]  # rain
-    blur: tuple[float, float]
-    noise: tuple[float, float]
-
-
-#             radius    brightness  hue         tint        contrast    colour      gradient
-COMMON = Look((0, 0), (.20, .80), (.00, 1.0), (.00, .10), (.30, .48), (.00, .25), (.00, .15),
-              ripple=(.00, .05), streaks=(.00, .12), blur=(.000, .004), noise=(.005, .040))
-# Kinds of scene; they differ in the size of the objects alone.
-KINDS = {
-    "large":  COMMON._replace(radius=(.280, .360)),
-    "tiny":   COMMON._replace(radius=(.050, .062)),
-    "medium": COMMON._replace(radius=(.120, .160)),
-    "small":  COMMON._replace(radius=(.080, .095)),
-}
-COVERAGE = (0.25, 0.40)  # share of an image under objects, the same for all subsets
-
-
-class Scene(NamedTuple):
-    """One image of `ShapesDataset` with all that is known about it."""
-    image: torch.Tensor  # uint8 [3, H, W]
-    mask: torch.Tensor  # uint8 [H, W], class ids, 0 background
-    masks: torch.Tensor  # bool [n, H, W], the visible part of each object; none overlap, none is empty
-    boxes: torch.Tensor  # float32 [n, 4], x1 y1 x2 y2 of that part in pixels, x2 and y2 one past the last
-    classes: torch.Tensor  # int64 [n], 1..5
-    subset: int
-
-
-class ShapesDataset(Dataset):
-    """Discs, squares, triangles, rings and crosses on a background, in `subsets` known kinds of scene.
-
-    The subsets differ in the size of the objects alone, `KINDS`. By default there are two: objects so large
-    that no more than parts of two or three are seen, and tiny ones. Objects cover the same share of every
-    image: the larger they are, the fewer. Within a subset all else varies: the number, classes, places,
-    rotation, colours and overlaps of the objects; hue, brightness, gradient and waves of the background;
-    rain, blur and noise. Colour says nothing about the class. The order of the subsets is drawn; each has the
-    same number of images, within one.
-
-    Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch,
-    worker and process (for a given NumPy, whose random streams may change between versions). Items are
-    painted once and kept, 37 kB each at 96 pixels.
-
-    size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val,
-    n_test: images in the splits. seed: 0 or more.
-    """
-
-    def __init__(
-        self, split: str, augment: v2.Compose | None = None, size: int = 96, subsets: int = 2,
-        n_train: int = 1200, n_val: int = 300, n_test: int = 300, seed: int = 0,
-    ):
-        if size < 32 or size % 32:
-            raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
-        if not 2 <= subsets <= len(KINDS):
-            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(KINDS)} can be had")
-        self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
-        self.eval_batch, self.has_truth = self.info.eval_batch, True
-        self.size, self.seed = size, seed
-        self.subset_names = tuple(KINDS)[:subsets]
-        self.looks = [KINDS[name] for name in self.subset_names]
-        count = {"train": n_train, "val": n_val, "test": n_test}[split]
-        if count < subsets:
-            raise DataError(f"--dataset shapes: {count} images for {subsets} subsets; ask for more")
-        self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
-        self._drawn: dict[int, tuple] = {}  # painting takes as long as a third of a training step
-
-    def _rng(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, SPLITS.index(self.split), stream])
-
-    def __len__(self) -> int:
-        return len(self.subset)
-
-    def image_name(self, index: int) -> str:
-        return f"shapes/{self.split}/{index:05d}"
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        if index not in self._drawn:
-            scene = self.scene(index)
-            self._drawn[index] = scene.image, scene.mask
-        return _item(*self._drawn[index], index, self.augment)
-
-    def scene(self, index: int) -> Scene:
-        """Image `index`, not augmented, with its semantic mask, instances and subset."""
-        subset = int(self.subset[index])
-        rng = self._rng(1 + int(index))  # stream 0 drew the subsets
-        look = self.looks[subset]
-        drawn = Look(*(rng.uniform(*trait) for trait in look))  # this image's traits, one number each
-        canvas = _background(rng, drawn, self.size)
-        instance, classes = _paint_objects(rng, look.radius, drawn, rng.uniform(*COVERAGE), canvas)
-        image = _weather(rng, drawn, canvas)
-
-        seen = np.flatnonzero(np.bincount(instance.ravel()))  # a hidden object is no instance
-        seen = seen[seen > 0].astype(instance.dtype)  # 0 is the background
-        masks = instance == seen[:, None, None]  # [n, H, W]
-        columns, rows = masks.any(1), masks.any(2)  # [n, W], [n, H]
-        boxes = np.stack([columns.argmax(1), rows.argmax(1), self.size - columns[:, ::-1].argmax(1),
-                          self.size - rows[:, ::-1].argmax(1)], axis=1)
-        return Scene(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(classes[instance]),
-                     torch.from_numpy(masks), torch.from_numpy(boxes).float(),
-                     torch.from_numpy(classes[seen]).long(), subset)
-
-
-def _colour(brightness: float, hue: float, saturation: float) -> np.ndarray:
-    """RGB [3, 1, 1] on 0..1, with the brightness as its mean where the range allows; hue in turns."""
-    rgb = [brightness + saturation * math.cos(2 * math.pi * (hue + third / 3)) for third in range(3)]
-    return np.array([[[min(max(c, 0), 1)]] for c in rgb], dtype=np.float32)
-
-
-def _background(rng: np.random.Generator, drawn: Look, size: int) -> np.ndarray:
-    """float32 [3, H, W]: a tint with a gradient and waves, each in a direction of its own."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    slope, wave, phase = rng.uniform(0, 2 * math.pi, 3).tolist()
-    gradient = drawn.gradient * (x * math.cos(slope) + y * math.sin(slope))
-    ripple = drawn.ripple * np.sin(rng.uniform(25, 50) * (x * math.cos(wave) + y * math.sin(wave)) + phase)
-    return _colour(drawn.brightness, drawn.hue, drawn.tint) + gradient + ripple
-
-
-def _paint_objects(rng: np.random.Generator, radii: tuple[float, float], drawn: Look, coverage: float,
-                   canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Paints objects on the canvas [3, H, W], later ones on top, until `coverage` of it is under them.
-
-    Returns the instance of each pixel, int16 [H, W], 0 for none, and the class of each instance, uint8.
-    """
-    size = canvas.shape[1]
-    instance = np.zeros((size, size), dtype=np.int16)
-    classes, placed, area = [0], [], 0
-    while True:
-        radius = rng.uniform(*radii) * size
-        # Stopping half an object early or late makes the mean coverage the same for small and large objects.
-        if placed and area + 0.5 * 2.6 * radius ** 2 > coverage * size ** 2:
-            return instance, np.array(classes, dtype=np.uint8)
-        shape, angle = int(rng.integers(1, 6)), rng.uniform(0, 2 * math.pi)
-        # Of a few random places, the one with most room: some overlap, but nothing vanishes.
-        places = rng.uniform(0.3 * radius, size - 0.3 * radius, (2, 8, 1))
-        others = np.array(placed or [(0, 0, 0)]).T  # x, y, radius
-        room = np.hypot(*(places - others[:2, None])) - others[2]  # [8, others]
-        x, y = places[:, room.min(1).argmax(), 0].tolist()
-        placed.append((x, y, radius))
-        brightness = drawn.brightness + drawn.contrast * (1 if rng.random() > drawn.brightness else -1)
-        if not 0 <= brightness <= 1:
-            brightness = 2 * drawn.brightness - brightness
-        colour = _colour(brightness, rng.random(), drawn.colour)
-
-        reach = 1.4 * radius + 1
-        edges = (x - reach, y - reach, x + reach, y + reach)
-        x0, y0, x1, y1 = (min(max(round(edge), 0), size) for edge in edges)
-        across = np.arange(x0, x1, dtype=np.float32) + (0.5 - x)
-        down = np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - y)
-        u = across * math.cos(angle) + down * math.sin(angle)
-        v = down * math.cos(angle) - across * math.sin(angle)
-        outside = _outside(shape, u, v, radius)
-        under, before = canvas[:, y0:y1, x0:x1], instance[y0:y1, x0:x1]  # views
-        under += (0.5 - outside).clip(0, 1) * (colour - under)  # the share of a pixel inside: smooth edges
-        inside = outside < 0
-        area += np.count_nonzero(inside & (before == 0))
-        before[inside] = len(classes)
-        classes.append(shape)
-
-
-def _outside(shape: int, u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    """Pixels from the outline of class `shape`, negative inside; u, v: pixels along its axes, r: its radius.
-
-    The proportions give the five shapes about the same area, 2.4 to 3.1 r².
-    """
-    if shape == 1:  # disc
-        return np.hypot(u, v) - r
-    if shape == 2:  # square
-        return np.maximum(abs(u), abs(v)) - 0.82 * r
-    if shape == 3:  # triangle
-        return np.maximum(abs(u) * 0.75 ** 0.5 + v / 2, -v) - 0.675 * r
-    if shape == 4:  # ring
-        return abs(np.hypot(u, v) - 0.72 * r) - 0.28 * r
-    return np.minimum(np.maximum(abs(u) - 1.05 * r, abs(v) - 0.35 * r),  # cross
-                      np.maximum(abs(v) - 1.05 * r, abs(u) - 0.35 * r))
-
-
-def _weather(rng: np.random.Generator, drawn: Look, canvas: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3]: the canvas under rain, out of focus, and with the camera's noise."""
-    size = canvas.shape[1]
-    length = size // 8
-    y, x = np.mgrid[:size, :size].astype(np.int32)
-    column = (x + (rng.uniform(-0.6, 0.6) * y).astype(np.int32)) % size  # where a slanting streak starts
-    streak = (y + rng.integers(0, length, size, dtype=np.int32)[column]) // length
-    wet = rng.random((size // length + 2, size), dtype=np.float32)[streak, column] > 0.94
-    canvas = ((canvas + drawn.streaks * wet) * 255 + 0.5).clip(0, 255).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0)))
-    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(drawn.blur * size)))  # [H, W, 3]
-    grain = rng.standard_normal(picture.shape, dtype=np.float32) * (drawn.noise * 255)
-    return (picture + grain + 0.5).clip(0, 255).astype(np.uint8)
-
-
-class ShapesDetection(Dataset):
-    """`ShapesDataset` for detection: its visible instances as boxes and masks; see `detection_dataset`."""
-
-    has_truth = True
-
-    def __init__(self, split: str, train: bool, masks: bool, limit: int | None, **options):
-        self.scenes = ShapesDataset(split, **options)
-        self.count = min(len(self.scenes), limit or len(self.scenes))
-        self.masks, self.transforms = masks, _flip_and_sanitize(train)
-        self.classes = list(self.scenes.info.classes[1:])  # without the background
-        self.palette = self.scenes.info.palette[1:]
-        self.category_ids = list(range(1, len(self.classes) + 1))
-        self.image_ids = self.rows = list(range(self.count))
-        self.aspect_ratios = [1.0] * self.count
-        self.subset, self.subset_names = self.scenes.subset[:self.count], self.scenes.subset_names
-
-    def __len__(self) -> int:
-        return self.count
-
-    def image_name(self, index: int) -> str:
-        return self.scenes.image_name(index)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-        scene = self.scenes.scene(index)
-        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=tuple(scene.mask.shape))
-        target = {"boxes": boxes, "labels": scene.classes}
-        if self.masks:
-            target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
-        return _detection_item(scene.image, target, index, self.transforms)
-
-    @cached_property
-    def coco(self):
-        """The truth as pycocotools has it."""
-        from pycocotools import mask as rle
-
-        images, annotations = [], []
-        for i in self.image_ids:
-            scene = self.scenes.scene(i)
-            height, width = scene.mask.shape
-            images.append(dict(id=i, file_name=self.image_name(i), width=width, height=height))
-            masks = rle.encode(np.asfortranarray(scene.masks.numpy().transpose(1, 2, 0).astype(np.uint8)))
-            for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), masks):
-                annotation = dict(id=len(annotations) + 1, image_id=i, category_id=label, iscrowd=0)
-                annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-                annotation["area"] = float(rle.area(mask))
-                annotation["segmentation"] = mask
-                annotations.append(annotation)
-        return _pycocotools(images, annotations, self.classes)

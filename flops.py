@@ -1,16 +1,17 @@
 """What a network costs in multiply-adds, before it is trained, and in seconds.
 
-    python flops.py                                      # the published networks, everything open
+    python flops.py                                      # the routed networks of the papers, everything open
+    python flops.py --published                          # and the static ones, beside what is published
     python flops.py --variant divdr-a --size 1024 2048   # one network, part by part
     python flops.py --task detection --variant r50-fpn   # one detector: its backbone, and the whole
     python flops.py --route u-net                        # a static network of the routing space
     python flops.py speed                                # inference, by how much of the network is open
-    python flops.py speed --compile --onnx               # also compiled, and by onnxruntime
     python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp
     python flops.py kmeans --k 2 4 8                     # beside scikit-learn where it is installed
 
 Two counts: "paper", as the published code of Dynamic Routing reports it, and "exact", what this code runs.
-Both count multiply-adds, in G (10^9); with every gate open they are upper bounds of what an image costs.
+Both count multiply-adds, in G (10^9), which the papers call GFLOPs; with every gate open they are upper
+bounds of what an image costs.
 """
 
 from __future__ import annotations
@@ -18,24 +19,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.util
-import io
 import math
 import statistics
 import sys
 import time
-import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from kmeans import kmeans
 from model import (
-    VARIANTS, Exportable, InputError, Parser, build_model, count_multiply_adds, number, one_line_errors,
-    published_results, read_route, start_process,
+    ROUTES, VARIANTS, InputError, Parser, build_model, extra, number, one_line_errors, start_process, table,
 )
-from routing import DOWN, KEEP, OPEN, ROUTES, UP, RoutedBackbone, fuse, resize
+from routing import DOWN, KEEP, OPEN, UP, RoutedBackbone, fuse, resize
 
 # ============ multiply-adds ============
 
@@ -59,41 +57,41 @@ def open_cost(layers, scales, classes: int | None, height: int, width: int, gate
     return int(sum(network.real_cost(backbone.open_routes(), height, width, count).values()))
 
 
-def print_published() -> None:
+def print_published(static: bool) -> None:
+    """The routed networks of the papers and, if asked for, the static ones that they compare with."""
     kinds = [("full", "paper"), ("small", "paper"), ("full", "exact"), ("small", "exact")]
-    print("G multiply-adds of an image, every gate open")
-    print(f"{'network':16}{'input':>12}" + "".join(f"{f'{gate}, {count}':>14}" for gate, count in kinds))
+    rows = [["network", "input", *(f"{gate}, {count}" for gate, count in kinds)]]
     for label, layers, scales, classes, height, width in PUBLISHED:
         costs = [open_cost(layers, scales, classes, height, width, *kind) / 1e9 for kind in kinds]
-        print(f"{label:16}{f'{height}x{width}':>12}" + "".join(f"{cost:14.3f}" for cost in costs))
-    print("\nStatic networks, beside what is published of them; paper: convolutions and linear layers alone")
-    titles = ("paper", "exact", "published", "difference")
-    print(f"{'network':32}{'--variant':19}{'input':>9}" + "".join(f"{title:>11}" for title in titles))
-    for row in published_results():
-        if not row["gate"]:
-            print_static(row)
-
-
-def print_static(row: dict[str, str]) -> None:
-    """A row of the papers' tables, and what that network costs here if it can be built."""
-    variant, published = row["variant"], float(row["gflops"])
-    task, classes, size = "detection", 80, (800, 800)
-    if row["measure"] == "mIoU":
-        task, classes, size = "segmentation", 19, (1024, 2048)
-    line = f"{row['method'] + ', ' + row['backbone']:32}{variant or '-':19}{'x'.join(map(str, size)):>9}"
-    if not variant:
-        return print(f"{line}{'-':>11}{'-':>11}{published:11.1f}{'-':>11}")
-    model = build_model(variant, task, classes)
-    paper, exact = (model.real_cost(None, *size, count)["network"].item() / 1e9 for count in model.counts)
-    percent = round(100 * (paper / published - 1), 1) + 0.0  # no -0.0
-    print(f"{line}{paper:11.3f}{exact:11.3f}{published:11.1f}{f'{percent:+.1f} %':>11}")
+        rows.append([label, f"{height}x{width}", *map(show, costs)])
+    print(f"G multiply-adds of an image, every gate open\n{table(rows)}")
+    if not static:
+        return
+    rows = [["network", "--variant", "input", "paper", "exact", "published", "difference"]]
+    for row in extra("published", "--published").rows_of(("segmentation", "detection")):
+        if row["gate"]:
+            continue
+        task, classes, size = "detection", 80, (800, 800)
+        if row["measure"] == "mIoU":
+            task, classes, size = "segmentation", 19, (1024, 2048)
+        cells, published = ["-", "-", row["gflops"], "-"], float(row["gflops"])
+        if row["variant"]:
+            model = build_model(row["variant"], task, classes)
+            paper, exact = (model.real_cost(None, *size, c)["network"].item() / 1e9 for c in model.counts)
+            percent = round(100 * (paper / published - 1), 1) + 0.0  # no -0.0
+            cells = [show(paper), show(exact), row["gflops"], f"{percent:+.1f} %"]
+        name = f"{row['method']}, {row['backbone']}"
+        rows.append([name, row["variant"] or "-", "x".join(map(str, size)), *cells])
+    words = "Static networks, beside what is published of them; paper: convolutions and linear layers alone"
+    print(f"\n{words}\n{table(rows)}")
 
 
 def print_cost(argv: list[str]) -> None:
     """One network at one size: stem, cells, paths, gates, head, and their sum, in every count it has."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--variant", choices=list(VARIANTS), help="the network; without it, a table of the published ones")
+    add("--published", action="store_true", help="list the static networks of the papers' tables too")
+    add("--variant", choices=list(VARIANTS), help="the network; without it, a table of the papers' own")
     add("--route", metavar="NAME",
         help=f"a fixed route without gates: {', '.join(ROUTES)}, or FILE:NAME of a json that "
              "evaluate.py --experts wrote")
@@ -108,39 +106,40 @@ def print_cost(argv: list[str]) -> None:
     if arguments.route and arguments.variant is None:
         arguments.variant = "fixed-route"
     if arguments.variant is None:
-        if argv:
-            parser.error(f"{argv[0]} describes one network: name it with --variant")
-        return print_published()
+        others = [flag for flag in argv if flag != "--published"]
+        if others:
+            parser.error(f"{others[0]} describes one network: name it with --variant")
+        return print_published(arguments.published)
     detection = arguments.task == "detection"
     height, width = arguments.size or ([800, 800] if detection else [1024, 2048])
     classes = arguments.classes or (80 if detection else 19)
     torch.manual_seed(0)
     options = dict(short_sides=(min(height, width),), long_side=max(height, width)) if detection else {}
     if arguments.route:
-        options["route"] = read_route(arguments.route, arguments.layers or 16)
+        baselines = extra("baselines", f"--route {arguments.route}")
+        options["route"] = baselines.read_route(arguments.route, arguments.layers or 16)
     model = build_model(
         arguments.variant, arguments.task, classes, arguments.layers, arguments.width, arguments.gate,
         **options)
     routes = model.backbone.open_routes() if model.dim else None
     costs = {count: model.real_cost(routes, height, width, count) for count in model.counts}
     parameters = sum(p.numel() for p in model.parameters())
-    size = f"{height}x{width}, {classes} classes, {parameters:,} parameters"
-    if routes is None:
-        print(f"{arguments.route or arguments.variant}, {size}")
-    else:
-        print(f"{arguments.variant}, {size}; all gates open")
-    print(f"{'G multiply-adds':16}" + "".join(f"{count:>12}" for count in costs))
-    rows = {part: [cost[part].item() for cost in costs.values()] for part in costs[model.counts[0]]}
-    rows["sum"] = [sum(parts) for parts in zip(*rows.values())]
-    for part, numbers in rows.items():
-        print(f"{part:16}" + "".join(f"{show(cost / 1e9):>12}" for cost in numbers))
+    gates = "; all gates open" if model.dim else ""
+    name = arguments.route or arguments.variant
+    print(f"{name}, {height}x{width}, {classes} classes, {parameters:,} parameters{gates}")
+    parts = {part: [cost[part].item() for cost in costs.values()] for part in costs[model.counts[0]]}
+    parts["sum"] = [sum(of_part) for of_part in zip(*parts.values())]
+    rows = [["G multiply-adds", *costs]]
+    rows += [[part, *(show(cost / 1e9) for cost in of_part)] for part, of_part in parts.items()]
+    print(table(rows, left=1))
     if detection:
-        image = torch.rand(3, height, width)
-        whole = show(count_multiply_adds(model.eval(), [image], elementwise=False) / 1e9)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()([torch.rand(3, height, width)])
+        whole = show(counter.get_total_flops() / 2 / 1e9)
         print(f"the whole detector on noise, convolutions and linear layers, by torch's counter: {whole}")
-    if routes is not None:
-        budgeted = show(model.budgeted_cost(height, width) / 1e9)
-        print(f"the budget is a share of cells + paths (paper): {budgeted}")
+    if model.dim:
+        full = show(model.full_cost(height, width) / 1e9)
+        print(f"the budget is a share of cells + paths (paper): {full}")
 
 
 def add_network(add) -> None:
@@ -170,7 +169,7 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
     for layer in [[backbone.init], *backbone.layers]:
         following: dict[int, Tensor] = {}
         for s, (node, x) in enumerate(zip(layer, arrived)):
-            decided = F.relu(torch.tanh(node.logits(x)))
+            decided = F.relu(torch.tanh(node.gate(x)))
             weight = decided if alpha is None else alpha[:, row]
             weight, row = weight[..., None, None, None], row + 1
             h = F.relu(node.cell.body(x) + x)
@@ -216,7 +215,7 @@ def mixed_routes(backbone: RoutedBackbone, height: int, width: int, openness: fl
 def set_gates(backbone: RoutedBackbone, alpha: Tensor) -> None:
     """Makes gates say alpha [1 + nodes, 3], in [0, 1), whatever the image."""
     for node, row in zip(backbone.all_nodes(), alpha.tolist()):
-        wanted = [row[path] for path in (KEEP, UP, DOWN) if node.exists[path]]
+        wanted = [row[path] for path in node.gate.order]
         node.gate.decide.weight.zero_()
         node.gate.decide.bias.copy_(torch.tensor([math.atanh(a) if a > 0 else -1.0 for a in wanted]))
 
@@ -241,49 +240,7 @@ def in_cuda_graph(network, images: Tensor):
     return run
 
 
-def in_onnxruntime(network, images: Tensor):
-    """A function that runs `network` in onnxruntime with torch's threads, and on what: "CPU" or "CUDA"."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the others
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(network, (images,))
-        converted = torch.onnx.export(program, (images,), dynamo=True, verbose=False)
-    wanted = ["CUDAExecutionProvider"] * images.is_cuda + ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(
-        converted.model_proto.SerializeToString(), options, providers=wanted)
-    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-
-    def run() -> Tensor:
-        return torch.from_numpy(session.run(None, feed)[0])
-
-    return run, session.get_providers()[0].removesuffix("ExecutionProvider")
-
-
-def fixed_contenders(model: nn.Module, images: Tensor, compiled: bool, onnx: bool) -> dict:
-    """Inference of the network of one route, all its ways. model: routed, all its images have that route."""
-    route = model.backbone.route(images[:1], skip=True)[1].alpha[0] > OPEN
-    network = Exportable(fuse(model.cut(route))).eval()
-    contenders = {"fixed": lambda: network(images)}
-    if compiled:
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants
-            quick = torch.compile(network, dynamic=False)
-            quick(images)
-        contenders["fixed, compiled"] = lambda: quick(images)
-    if onnx:
-        run, place = in_onnxruntime(network, images)
-        contenders[f"fixed, onnxruntime {place}"] = run
-    if images.is_cuda:
-        contenders["fixed, CUDA graph"] = in_cuda_graph(network, images)
-    return contenders
-
-
-def inference_contenders(
-    model: nn.Module, images: Tensor, openness: list[float], compiled: bool, onnx: bool
-) -> dict:
+def inference_contenders(model: nn.Module, images: Tensor, openness: list[float]) -> dict:
     """Inference of a routed network, all its ways: name -> a function that gives logits.
 
     At the shares of `openness` all images have one route. What has the same name up to the first comma
@@ -294,34 +251,31 @@ def inference_contenders(
     network = fuse(copy.deepcopy(model))
     arranged = images.contiguous(memory_format=torch.channels_last)
 
-    def run(alpha: Tensor, skip: bool):
-        return lambda: network.head(network.backbone.route(arranged, skip, alpha)[0])
+    def run(network, alpha: Tensor | None, skip: bool) -> Tensor:
+        return network.head(network.backbone.route(arranged, skip, alpha)[0])
 
     every = mixed_routes(host, *images.shape[-2:], openness=1.0)[0].to(images.device)
     every = every.expand(len(images), -1, -1)
     contenders = {"all open, as published": lambda: run_as_published(published, images, every)}
-    contenders["all open, dense"] = run(every, skip=False)
-    contenders["all open, skipping"] = run(every, skip=True)
+    contenders["all open, dense"] = functools.partial(run, network, every, skip=False)
+    contenders["all open, skipping"] = functools.partial(run, network, every, skip=True)
     for share in sorted(set(openness), reverse=True):
         alpha, real = mixed_routes(host, *images.shape[-2:], share)
         if abs(real - share) > 0.05:
             words = f"the nearest here is {real:.2f}: stem and gates always run"
             raise InputError(f"--openness {share}: cannot be had; {words}")
-        routed = copy.deepcopy(model)
+        routed, name = copy.deepcopy(model), f"{100 * real:.3g} % open"
         set_gates(routed.backbone, alpha[0])
-        ways = {"skipping": functools.partial(run_skipping, fuse(copy.deepcopy(routed)), arranged)}
-        ways |= fixed_contenders(routed, arranged, compiled, onnx)
-        contenders |= {f"{100 * real:.3g} % open, {way}": call for way, call in ways.items()}
+        fixed = fuse(routed.cut(alpha[0] > OPEN)).eval()
+        contenders[f"{name}, skipping"] = functools.partial(run, fuse(routed), None, skip=True)
+        contenders[f"{name}, fixed"] = lambda fixed=fixed: fixed(arranged).logits
+        if images.is_cuda:
+            contenders[f"{name}, fixed, CUDA graph"] = in_cuda_graph(lambda x: fixed(x).logits, arranged)
     return contenders
 
 
-def run_skipping(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits of a routed segmentation network that runs image by image, without closed work."""
-    return network.head(network.backbone.route(images, skip=True)[0])
-
-
-def training_contenders(model: nn.Module, images: Tensor, amp: bool, compiled: bool) -> dict:
-    """A training step, all its ways: forward, loss, backward and SGD."""
+def training_contenders(model: nn.Module, images: Tensor, amp: bool) -> dict:
+    """A training step, both its ways: forward, loss, backward and SGD."""
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
     def step(network, logits, amp: bool, **options):
@@ -338,11 +292,9 @@ def training_contenders(model: nn.Module, images: Tensor, amp: bool, compiled: b
 
         return run
 
-    network = torch.compile(model) if compiled else model
-    name = "training, here" + ", bfloat16" * amp + ", compiled" * compiled
     return {
         "training, as published": step(published, lambda: run_as_published(published, images), amp=False),
-        name: step(network, lambda: network(images).logits, amp, fused=True),
+        "training, here" + ", bfloat16" * amp: step(model, lambda: model(images).logits, amp, fused=True),
     }
 
 
@@ -360,10 +312,6 @@ def print_speed(argv: list[str]) -> None:
         help="inference: shares of the backbone's multiply-adds that run")
     add("--train", action="store_true", help="a training step in place of inference")
     add("--amp", action="store_true", help="training in bfloat16")
-    add("--compile", action="store_true",
-        help="training with torch.compile; in inference also fixed routes compiled, a minute or two for each")
-    add("--onnx", action="store_true",
-        help="inference: also fixed routes by onnxruntime; needs onnx, onnxscript and onnxruntime")
     add("--runs", type=number(int, 1), default=5, help="runs of each, in turns")
     add("--device", help="cpu, cuda or mps; by default the best there is")
     arguments = parser.parse_args(argv)
@@ -371,11 +319,6 @@ def print_speed(argv: list[str]) -> None:
         parser.error("--batch 1: batch norm needs several values per channel; give a --size of at least 256")
     if arguments.amp and not arguments.train:
         parser.error("--amp: is of training; give --train too")
-    if arguments.onnx and arguments.train:
-        parser.error("--onnx: is of inference; leave --train out")
-    for package in ("onnx", "onnxscript", "onnxruntime") if arguments.onnx else ():
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"--onnx: needs the package {package}: pip install onnx onnxscript onnxruntime")
     device = start_process(arguments.device).device
     torch.backends.cudnn.benchmark = arguments.train  # as train_seg.py does
     torch.manual_seed(0)
@@ -393,13 +336,11 @@ def print_speed(argv: list[str]) -> None:
     for batch in arguments.batch:
         images = torch.randn(batch, 3, height, width, device=device)
         print(f"batch {batch}; difference: the largest of a logit, over the largest logit")
-        torch._dynamo.reset()  # it compiles the same code for a few networks only
         with torch.inference_mode(not arguments.train):
             if arguments.train:
-                contenders = training_contenders(model, images, arguments.amp, arguments.compile)
+                contenders = training_contenders(model, images, arguments.amp)
             else:
-                contenders = inference_contenders(
-                    model, images, arguments.openness, arguments.compile, arguments.onnx)
+                contenders = inference_contenders(model, images, arguments.openness)
             notes = describe_differences(contenders)
             seconds, peaks = time_in_turns(contenders, arguments.runs, device)
         print_seconds(seconds, peaks, notes)
@@ -489,19 +430,20 @@ def time_in_turns(contenders: dict, runs: int, device: torch.device) -> tuple[di
 
 def print_seconds(seconds: dict[str, list], peaks: dict[str, float], notes: dict[str, str]) -> None:
     """One row per contender: median, min and max, and the ratio of its median to the first one's."""
+    rows = [["", "median s", "min", "max", "ratio", *["peak MiB"] * bool(peaks), ""]]
     first = statistics.median(next(iter(seconds.values())))
-    print(f"  {'':34}{'median s':>10}{'min':>10}{'max':>10}{'ratio':>8}" + f"{'peak MiB':>10}" * bool(peaks))
     for name, times in seconds.items():
         median = statistics.median(times)
-        numbers = "".join(f"{value:10.4f}" for value in (median, min(times), max(times)))
-        peak = f"{peaks[name]:10.0f}" if name in peaks else ""
-        print(f"  {name:34}{numbers}{median / first:8.2f}{peak}   {notes.get(name, '')}".rstrip())
+        numbers = [f"{value:.4f}" for value in (median, min(times), max(times))]
+        peak = [f"{peaks[name]:.0f}"] if peaks else []
+        rows.append([name, *numbers, f"{median / first:.2f}", *peak, notes.get(name, "")])
+    print(table(rows, left=1))
 
 
 @one_line_errors(InputError)
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"speed": print_speed, "--speed": print_speed, "kmeans": print_kmeans}
+    commands = {"speed": print_speed, "kmeans": print_kmeans}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     print_cost(argv)

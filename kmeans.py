@@ -6,7 +6,7 @@
     clusters = bank.cluster(k=4)                 # now and then; starts from the last centres
     clusters.centers, clusters.labels, clusters.sigma2
 
-    bank.compare(A, other)                       # now and then; other: A(x) of the batch with another look
+    bank.update_views(A, other)                  # now and then; other: A(x) of the batch with another look
     clusters = bank.cluster(k=4, metric=bank.view_metric())     # what the look changes counts little
 
 With torch.distributed every rank keeps the whole bank: `update` gathers what all ranks saw, and the first
@@ -177,6 +177,13 @@ class Clusters(NamedTuple):
     sizes: list[int]  # of these samples, by cluster
     metric: Tensor | None = None  # [D, D], see `ActivationBank.view_metric`; None: distances are plain
 
+    @classmethod
+    def of(cls, A: Tensor, k: int) -> Clusters:
+        """The clusters of A [n, D] alone, k or, of fewer samples, as many as there are."""
+        centers, labels, inertia = kmeans(A, min(k, len(A)))
+        sizes = labels.bincount(minlength=len(centers)).tolist()
+        return cls(centers, labels, _sigma2(inertia, len(A)), sizes)
+
     def nearest(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest centre [n] of each A [n, D], and the distance [n] to it, both in the metric."""
         if self.metric is None:
@@ -196,7 +203,7 @@ class ActivationBank:
 
     Attributes: values [N, D] float32, 0 where nothing was seen; seen_at [N] int64, the update that saw a
     sample last, 0 for none; updates, their number; clusters, None before the first K-means update; within
-    and between [D, D], and compared, the number of calls of `compare`.
+    and between [D, D], and compared, the number of calls of `update_views`.
     """
 
     def __init__(
@@ -244,7 +251,7 @@ class ActivationBank:
         self.seen_at.index_fill_(0, index, self.updates)  # [index] = would wait for the device
 
     @torch.no_grad()
-    def compare(self, A: Tensor, other: Tensor, momentum: float = 0.98) -> None:
+    def update_views(self, A: Tensor, other: Tensor, momentum: float = 0.98) -> None:
         """Takes in the A(x) of some samples, [b, D], and that of the same samples with another look, [b, D].
 
         Keeps running means, in which a call counts 1 − momentum, over the samples of all ranks: `within` is
@@ -432,64 +439,6 @@ def _mean_over_pairs(x: Tensor) -> float:
     for rows in x.split(max(1, 2**24 // len(x))):
         total = total + _distances(rows, x).sum(dtype=torch.float64)  # every pair twice, and n times 0
     return float(total) / (len(x) * (len(x) - 1))
-
-
-def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list[int]]:
-    """How well clusters recover known subsets.
-
-    labels, truth: [n] int64 >= 0.
-    Returns (accuracy, adjusted Rand index, table, match). table [subsets, clusters] counts images. match[s]
-    is the cluster that the best one-to-one matching gives to subset s, -1 for none. accuracy in 0..1 is the
-    share of images in that matching. The index (Hubert and Arabie, 1985) is 1 for equal partitions and 0 on
-    average for independent ones.
-    """
-    subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
-    table = torch.bincount(truth * clusters + labels, minlength=subsets * clusters).view(subsets, clusters)
-    match = _best_matching(table.tolist())
-    hits = sum(int(table[s, m]) for s, m in enumerate(match) if m >= 0)
-
-    def pairs(counts: Tensor) -> float:
-        return (counts.double() * (counts - 1) / 2).sum().item()
-
-    by_subset, by_cluster, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
-    expected, most = by_subset * by_cluster / max(total, 1), (by_subset + by_cluster) / 2
-    rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
-    return hits / len(labels), rand, table, match
-
-
-def _best_matching(table: list[list[int]]) -> list[int]:
-    """For each row a column of its own, or -1 where there are more rows, so that the entries' sum is largest.
-
-    The Hungarian algorithm as Jonker and Volgenant (1987) have it: each row in turn takes the column that it
-    reaches by the cheapest chain of exchanges among the rows before it. O(rows² · columns).
-    """
-    rows, columns = len(table), max(len(table), len(table[0]))
-    cost = [[-value for value in row] + [0] * (columns - len(row)) for row in table]
-    of_row, of_column = [0] * rows, [0] * columns  # prices: cost less both is never negative
-    owner = [-1] * columns  # the row that has a column
-    for new in range(rows):
-        distance, before, done = [math.inf] * columns, [-1] * columns, [False] * columns
-        row, column, length = new, -1, 0  # where the chain ends, and what it costs
-        while row >= 0:
-            for j in range(columns):
-                further = length + cost[row][j] - of_row[row] - of_column[j]
-                if not done[j] and further < distance[j]:
-                    distance[j], before[j] = further, column
-            column = min((j for j in range(columns) if not done[j]), key=distance.__getitem__)
-            done[column], length, row = True, distance[column], owner[column]
-        for j in range(columns):
-            if done[j] and j != column:
-                of_row[owner[j]] += length - distance[j]
-                of_column[j] -= length - distance[j]
-        of_row[new] += length
-        while column >= 0:  # exchange along the chain
-            owner[column] = owner[before[column]] if before[column] >= 0 else new
-            column = before[column]
-    match = [-1] * rows
-    for j, row in enumerate(owner):
-        if row >= 0 and j < len(table[0]):
-            match[row] = j
-    return match
 
 
 def describe_collapse(sizes: list[int], inter: float, intra: float) -> str | None:

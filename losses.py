@@ -45,6 +45,7 @@ def clustering_loss(
     margin: float,
     own: Tensor | None = None,
     sigma2_floor: float = SIGMA2_FLOOR,
+    reduction: str = "mean",
 ) -> Tensor:
     """L_clustering, equation (2): pulls A(x) to its own centre mu(x), pushes it from the others.
 
@@ -63,6 +64,7 @@ def clustering_loss(
     own:     [B] integers < K, the centre each sample belongs to; by default the nearest, the first on a tie.
              -1: a sample that belongs to none yet; its loss is 0. Two centres at one place count as two: only
              the own index is left out of the sum.
+    reduction: "mean", or "none" for the loss of each sample, [B]; it is 0 where the margin is kept.
     Returns a 0-dim tensor, computed in float32 at least, under autocast too.
     Raises ValueError for shapes that do not fit, K < 2 or a negative margin.
     """
@@ -90,4 +92,5 @@ def clustering_loss(
     distance = distance / (2 * sigma2)
     others = (-distance).scatter(1, own, -torch.inf).logsumexp(dim=1)
     loss = (margin + distance.gather(1, own).squeeze(1) + others).clamp(min=0)
-    return loss.where(belongs, 0).mean()
+    loss = loss.where(belongs, 0)
+    return loss if reduction == "none" else loss.mean()

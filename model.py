@@ -7,8 +7,8 @@
     out = model(images, targets)                    # lists, as torchvision's detectors take them; out.losses
     out = model.eval()(images)                      # out.detections, out.A, out.routes
 
-A *routed* model is a `RoutedBackbone` with a head. A *static* one is torchvision's, or a `FixedBackbone` with
-a head, behind the same interface: one training loop and one evaluation serve all.
+A *routed* model is a `RoutedBackbone` with a head. A *static* one is a `FixedBackbone` with a head, or a
+network of extras/baselines.py, behind the same interface: one training loop and one evaluation serve all.
 
     fixed = model.cut(route)                        # the static network of a route, bool [1 + nodes, 3]
 """
@@ -19,8 +19,8 @@ import argparse
 import copy
 import csv
 import ctypes
-import functools
-import json
+import importlib
+import io
 import math
 import os
 import re
@@ -36,29 +36,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import resnet18, resnet101
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.segmentation import deeplabv3_resnet101
-from torchvision.ops import (
-    Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign, SqueezeExcitation,
-)
+from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
 from routing import (
-    ROUTES, FixedBackbone, RoutedBackbone, Routes, at_least_float32, conv_bn, conv_cost, named_route,
-    nodes_per_layer, pad_to_stride, resize,
+    FixedBackbone, RoutedBackbone, Routes, at_least_float32, conv_bn, conv_cost, pad_to_stride, resize,
 )
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message, one line, names the file or flag and what to do."""
+
+
+def extra(name: str, flag: str):
+    """The module extras/NAME.py, which `flag` needs. Raises InputError, which names the file, without it."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("extras", f"extras.{name}"):
+            raise
+        raise InputError(f"{flag}: needs extras/{name}.py, which is not here; copy it too") from None
 
 
 # ============ variants ============
@@ -68,12 +69,13 @@ class InputError(ValueError):
 class Variant:
     """One row of the method's table: the weights of the loss terms and the kind of gate."""
 
+    title: str  # in tables
     lambda1: float = 0.0  # weight of the cost loss
     budget: float = 0.0  # the share of the full cost that the cost loss aims at
     lambda2: float = 0.0  # weight of the clustering loss
-    static: str | None = None  # the one task of a network without gates; None: routed, for every task
     full_in_detection: bool = False  # its gates are full there
-    on_resnet: bool = False  # a ResNet of torchvision's with a head: of one size
+    static: str | None = None  # the one task of a network without gates; None: routed, for every task
+    on_resnet: str | None = None  # the backbone of a network in extras/baselines.py, which has one size
 
     def gate(self, task: str) -> str | None:
         """The kind of gate, "full" or "small"; None of a static network."""
@@ -84,33 +86,27 @@ class Variant:
 
 # The DivDR paper compares at small gates, but for DR-R in detection, whose 38.2 G are those of full ones.
 VARIANTS = {
-    "dr-a": Variant(lambda1=0.8, budget=0.1),
-    "dr-b": Variant(lambda1=0.5, budget=0.1),
-    "dr-c": Variant(lambda1=0.5, budget=0.2),
-    "dr-raw": Variant(full_in_detection=True),
-    "divdr-a": Variant(lambda1=0.8, budget=0.1, lambda2=0.1),
-    "divdr-raw": Variant(lambda2=0.1),
-    "fixed-route": Variant(static="segmentation"),
-    "bisenet-r18": Variant(static="segmentation", on_resnet=True),
-    "deeplabv3-r101": Variant(static="segmentation", on_resnet=True),
-    "semantic-fpn-r101": Variant(static="segmentation", on_resnet=True),
-    "pspnet-r101": Variant(static="segmentation", on_resnet=True),
-    "r50-fpn": Variant(static="detection", on_resnet=True),
+    "dr-a": Variant("DR-A", lambda1=0.8, budget=0.1),
+    "dr-b": Variant("DR-B", lambda1=0.5, budget=0.1),
+    "dr-c": Variant("DR-C", lambda1=0.5, budget=0.2),
+    "dr-raw": Variant("DR-Raw", full_in_detection=True),
+    "divdr-a": Variant("DivDR-A", lambda1=0.8, budget=0.1, lambda2=0.1),
+    "divdr-raw": Variant("DivDR-Raw", lambda2=0.1),
+    "fixed-route": Variant("Fixed route", static="segmentation"),
+    "bisenet-r18": Variant("BiSeNet", static="segmentation", on_resnet="ResNet-18"),
+    "deeplabv3-r101": Variant("DeepLabV3", static="segmentation", on_resnet="ResNet-101-ASPP"),
+    "semantic-fpn-r101": Variant("Semantic FPN", static="segmentation", on_resnet="ResNet-101-FPN"),
+    "pspnet-r101": Variant("PSPNet", static="segmentation", on_resnet="ResNet-101-PSP"),
+    "r50-fpn": Variant("R-CNN", static="detection", on_resnet="ResNet-50-FPN"),
 }
+
+# Classic networks that Dynamic Routing (section 4) places in the routing space, drawn in extras/baselines.py.
+ROUTES = ("fcn-32s", "deeplabv3", "u-net", "hrnetv2", "auto-deeplab")
 
 
 def variants_of(task: str) -> list[str]:
     """The names in `VARIANTS` that "segmentation" or "detection" can be trained with."""
     return [name for name, variant in VARIANTS.items() if variant.static in (None, task)]
-
-
-def published_results() -> list[dict[str, str]]:
-    """The rows of the papers' tables, from assets/published.csv, by its columns.
-
-    `variant` is the network here that is the row's, of static ones alone; `gate` is empty of static ones.
-    """
-    with open(Path(__file__).with_name("assets") / "published.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def build_model(
@@ -155,18 +151,22 @@ def build_model(
         layers = 16 if task == "segmentation" else 17
     size = (layers, 64 if width is None else width, gate or VARIANTS[variant].gate(task))
     try:
+        if on_resnet:
+            baselines = extra("baselines", f"--variant {variant}")
         if task == "detection":
-            pyramid = resnet50_fpn(frozen) if static else RoutedPyramid(*size, channels or 256)
+            pyramid = baselines.resnet50_fpn(frozen) if static else None
+            if not static:
+                pyramid = Pyramid(RoutedBackbone(*size, scales=5), channels or 256)
             model = Detector(num_classes, pyramid, **detector)
         elif on_resnet:
-            model = StaticSegmenter(variant, num_classes)
+            model = baselines.StaticSegmenter(variant, num_classes)
         elif static:
-            backbone = FixedBackbone(torch.as_tensor(route), layers, size[1], gate=None)
+            backbone = FixedBackbone(torch.as_tensor(route), *size)
             coarsest = max(s for s, filled in enumerate(backbone.filled) if filled)
-            head = SegmentationHead(backbone.channels[: coarsest + 1], num_classes)
-            model = FixedSegmenter(backbone, head)
+            model = Segmenter(backbone, SegmentationHead(backbone.channels[: coarsest + 1], num_classes))
         else:
-            model = RoutedSegmenter(num_classes, *size)
+            backbone = RoutedBackbone(*size)
+            model = Segmenter(backbone, SegmentationHead(backbone.channels, num_classes))
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return model.to(memory_format=torch.channels_last)  # pointwise convolutions are matrix products on it
@@ -201,6 +201,7 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Empties the list as it goes, so that a map is freed once it is added."""
+        del features[len(self.laterals) :]  # a fixed route may leave the coarsest without a map
         y = self.laterals[-1](features.pop())
         for lateral in reversed(self.laterals[:-1]):
             y = lateral(resize(y, scale_factor=2) + features.pop())
@@ -230,23 +231,21 @@ class SegmentationHead(nn.Module):
 #   counts: the names of its FLOP counts, first the one to report
 #   real_cost(routes, height, width, count) -> {part: int64 [B], or [1] where all images cost the same}
 # and where dim is not 0:
-#   routes(images) -> Routes, budgeted_cost(height, width) -> C_all, and cut(route) -> the static network
+#   routes(images) -> Routes, full_cost(height, width) -> C_all, and cut(route) -> the static network
 #   backbone.all_nodes(), .nodes_per_layer and .costs(height, width), for the figures
 
 
-class RoutedSegmenter(nn.Module):
-    """A routed backbone with the segmentation head; images of any size, padded inside."""
+class Segmenter(nn.Module):
+    """A backbone, routed or of a fixed route, with the segmentation head; pads images of any size inside."""
 
     counts = ("paper", "exact")
 
-    def __init__(self, num_classes: int, layers: int, width: int, gate: str):
+    def __init__(self, backbone: RoutedBackbone | FixedBackbone, head: SegmentationHead):
         super().__init__()
-        self.backbone = RoutedBackbone(layers, width, gate)
-        self.head = SegmentationHead(self.backbone.channels, num_classes)
-        self.dim = 3 * self.backbone.num_nodes
+        self.backbone, self.head, self.dim = backbone, head, backbone.dim
 
     def forward(self, images: Tensor, skip: bool | None = None) -> SegmentationOutput:
-        """For `skip` see `RoutedBackbone.route`."""
+        """images [B, 3, H, W], normalised. For `skip` see `RoutedBackbone.route`."""
         height, width = images.shape[-2:]
         features, routes = self.backbone.route(pad_to_stride(images, self.backbone.stride), skip)
         cost = self.backbone.expected_cost(routes, height, width)
@@ -257,271 +256,21 @@ class RoutedSegmenter(nn.Module):
         """The routes alone: the head does not run."""
         return self.backbone.route(pad_to_stride(images, self.backbone.stride))[1]
 
-    def cut(self, route: Tensor) -> FixedSegmenter:
+    def cut(self, route: Tensor) -> Segmenter:
         """The static network of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
-        fixed = FixedSegmenter(self.backbone.cut(route), copy.deepcopy(self.head)).train(self.training)
+        fixed = Segmenter(self.backbone.cut(route), copy.deepcopy(self.head)).train(self.training)
         return fixed.to(memory_format=torch.channels_last)
 
-    def budgeted_cost(self, height: int, width: int) -> int:
+    def full_cost(self, height: int, width: int) -> int:
         """C_all of the budget: `SegmentationOutput.cost` with everything open."""
-        return self.backbone.costs(height, width).budgeted
+        return self.backbone.costs(height, width).full
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
-        """Multiply-adds of each image by part, int64 [B]: stem, cells, paths, gates, head.
-
-        For `count` see `Grid.costs`.
-        """
+        """Multiply-adds of each image by part, int64 [B] or, of a fixed route, [1]: stem, cells, paths,
+        gates, head. For `count` see `Grid.costs`."""
         cost = self.backbone.real_cost(routes, height, width, count)
         head = self.head.cost(height, width, self.backbone.stride, count)
         return cost | {"head": torch.full_like(cost["stem"], head)}
-
-
-class FixedSegmenter(nn.Module):
-    """A backbone with one route for all images and the segmentation head; images of any size, padded inside.
-    """
-
-    counts = ("paper", "exact")
-    dim = 0
-
-    def __init__(self, backbone: FixedBackbone, head: SegmentationHead):
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        height, width = images.shape[-2:]
-        logits = self.predict(pad_to_stride(images, self.backbone.stride))
-        routes = Routes.none(len(images))
-        return SegmentationOutput(
-            logits[..., :height, :width], routes.A, logits.new_zeros(len(images)), routes)
-
-    def predict(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], H and W multiples of the stride -> logits [B, classes, H, W]; see `Exportable`."""
-        features = self.backbone(images)
-        del features[len(self.head.laterals) :]  # the head begins at the coarsest map that the route fills
-        return self.head(features)
-
-    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
-        """Multiply-adds of any image by part, int64 [1]: stem, cells, paths, gates, head."""
-        cost = self.backbone.real_cost(height, width, count)
-        head = self.head.cost(height, width, self.backbone.stride, count)
-        return cost | {"head": torch.full_like(cost["stem"], head)}
-
-
-class StaticSegmenter(nn.Module):
-    """One of `NETWORKS` behind the interface of the routed models: no gates, one cost.
-
-    The paper count is of convolutions and linear layers alone, as the papers count such networks.
-    """
-
-    counts = ("paper", "exact")
-    dim = 0
-
-    def __init__(self, variant: str, num_classes: int):
-        super().__init__()
-        self.resnet = "ResNet-" + variant.rpartition("-r")[2]
-        self.build = functools.partial(NETWORKS[variant], num_classes)
-        self.network = self.build()
-
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        logits = self.network(images)["out"]
-        routes = Routes.none(len(images))
-        return SegmentationOutput(logits, routes.A, logits.new_zeros(len(images)), routes)
-
-    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
-        """Multiply-adds of an image, int64 [1]: every image costs the same."""
-        return {"network": static_cost(self.build, height, width, elementwise=count == "exact")}
-
-
-def read_route(text: str, layers: int) -> Tensor:
-    """A name of `ROUTES`, or FILE:NAME of a json of evaluate.py --experts -> the route, bool [1 + nodes, 3].
-
-    Raises InputError, which says what to do, where it is neither, or of a grid with another number of layers.
-    """
-    try:
-        grid = 1 + sum(nodes_per_layer(layers))
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
-    if text in ROUTES:
-        return named_route(text, layers)
-    path, _, name = (text, "", "") if Path(text).is_file() else text.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"--route {text}: no such file, and none of {', '.join(ROUTES)}")
-    try:
-        contents = json.loads(Path(path).read_text())
-        routes = {known: torch.tensor(rows) for known, rows in contents["routes"].items()}
-        if any(rows.dtype not in (torch.bool, torch.int64) or rows.dim() != 2 for rows in routes.values()):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        words = "no json with routes, as evaluate.py --experts writes it"
-        raise InputError(f"--route {path}: {words}") from None
-    if name not in routes:
-        raise InputError(f"--route {text}: choose one of {', '.join(f'{path}:{known}' for known in routes)}")
-    if routes[name].shape != (grid, 3):
-        has = f"{len(routes[name])} rows, and a grid of {layers} layers has {grid}"
-        raise InputError(f"--route {text}: has {has}; give the --layers of the run that it was cut from")
-    return routes[name].bool()
-
-
-class Dispatcher(nn.Module):
-    """Which expert takes an image: images [B, 3, H, W] -> scores [B, K], linear in the mean of the stem map.
-
-    The stem is a copy of the routed network's, which all experts share.
-    """
-
-    def __init__(self, stem: nn.Module, decide: nn.Linear):
-        super().__init__()
-        self.stem, self.decide = copy.deepcopy(stem), decide
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decide(self.stem(images).mean((2, 3)))
-
-
-def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
-    """Linear discriminant analysis, in closed form: pooled [N, C], labels [N] in [0, k) -> scores [., k].
-
-    A score is log(share of the class · its Gaussian density), without the terms that all classes have in
-    common; the Gaussians share their covariance. A class without samples always scores lowest.
-    """
-    x, sizes = pooled.double(), labels.bincount(minlength=k)
-    middle = x.mean(0)
-    x = x - middle  # else scores would be small differences of large numbers
-    means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / sizes.clamp(min=1)[:, None]
-    away = x - means[labels]
-    covariance = away.T @ away / len(x)
-    ridge = 1e-4 * covariance.diagonal().mean() + 1e-12  # channels can be constant, or fewer than images
-    covariance += ridge * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(covariance, means.T).T  # [k, C], 0 of a class without samples
-    bias = (sizes / len(x)).log() - (weight * means).sum(1) / 2 - weight @ middle
-    decide = nn.Linear(x.shape[1], k)
-    with torch.no_grad():
-        decide.weight.copy_(weight)
-        decide.bias.copy_(bias.clamp(min=-1e30))  # log(0): no image goes there
-    return decide
-
-
-# ============ segmentation networks of other papers ============
-
-# As torchvision's: images [B, 3, H, W] of any size -> {"out": logits [B, classes, H, W]}, and a `backbone`
-# that takes torchvision's weights of its ResNet. None has the auxiliary classifiers that some of the papers
-# train with: the loss is that of all other models.
-
-
-def resnet_stages(build, dilated: bool = False) -> nn.Module:
-    """A ResNet of torchvision without its classifier: images -> {"1": map, ..., "4": map}, one of each stage.
-
-    Their strides are 4, 8, 16 and 32; dilated, the last two stay at 8.
-    """
-    resnet = build(weights=None, replace_stride_with_dilation=(False, dilated, dilated))
-    return IntermediateLayerGetter(resnet, {f"layer{stage}": str(stage) for stage in range(1, 5)})
-
-
-def enlarge(x: Tensor, like: Tensor) -> Tensor:
-    """x [B, C, h, w] at the height and width of `like`, bilinear."""
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def deeplabv3(num_classes: int) -> nn.Module:
-    """torchvision's, on ResNet-101 with stride 8."""
-    return deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
-
-
-class SemanticFPN(nn.Module):
-    """ResNet-101-FPN with the semantic segmentation branch of Kirillov et al., Panoptic Feature Pyramid
-    Networks, section 3.1."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.backbone = resnet_stages(resnet101)
-        self.pyramid = FeaturePyramidNetwork([256, 512, 1024, 2048], 256)
-        self.branches = nn.ModuleList()  # of each level: a convolution for each doubling, at least one
-        group_norm = functools.partial(nn.GroupNorm, 32)
-        for level in range(4):
-            widths = [256] + [128] * max(level, 1)
-            convs = [Conv2dNormActivation(*pair, norm_layer=group_norm) for pair in zip(widths, widths[1:])]
-            self.branches.append(nn.ModuleList(convs))
-        self.predictor = nn.Conv2d(128, num_classes, 1)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = list(self.pyramid(self.backbone(images)).values())
-        total = 0
-        for level, (x, branch) in enumerate(zip(maps, self.branches)):
-            for i, conv in enumerate(branch):
-                x = enlarge(conv(x), maps[max(level - 1 - i, 0)])  # the next finer level; level 0 stays
-            total = total + x
-        logits = at_least_float32(self.predictor(total))
-        return {"out": enlarge(logits, images)}
-
-
-class PSPNet(nn.Module):
-    """ResNet-101 with stride 8 and the pyramid pooling of Zhao et al., Pyramid Scene Parsing Network, section
-    3.2."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.backbone = resnet_stages(resnet101, dilated=True)
-        self.pools = nn.ModuleList()
-        for bins in (1, 2, 3, 6):
-            pool = nn.Sequential(nn.AdaptiveAvgPool2d(bins), Conv2dNormActivation(2048, 512, 1))
-            self.pools.append(pool)
-        self.predictor = nn.Sequential(
-            Conv2dNormActivation(2 * 2048, 512, 3), nn.Dropout2d(0.1), nn.Conv2d(512, num_classes, 1))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = self.backbone(images)["4"]
-        pooled = [enlarge(pool(x), x) for pool in self.pools]
-        logits = at_least_float32(self.predictor(torch.cat([x, *pooled], 1)))
-        return {"out": enlarge(logits, images)}
-
-
-class AttentionRefinement(nn.Module):
-    """Of BiSeNet: a 3x3 convolution to 128 channels, each then weighted by what the whole map says."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv2dNormActivation(channels, 128, 3)
-        sigmoid = dict(activation_layer=nn.Sigmoid, inplace=None)
-        self.weight = nn.Sequential(nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(128, 128, 1, **sigmoid))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return x * self.weight(x)
-
-
-class BiSeNet(nn.Module):
-    """Yu et al., BiSeNet: Bilateral Segmentation Network for Real-time Semantic Segmentation, on ResNet-18.
-
-    Layers and channels are those of the authors' code, which has more convolutions than section 3 names.
-    """
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.backbone = resnet_stages(resnet18)
-        self.spatial = nn.Sequential(
-            Conv2dNormActivation(3, 64, 7, stride=2), Conv2dNormActivation(64, 64, 3, stride=2),
-            Conv2dNormActivation(64, 64, 3, stride=2), Conv2dNormActivation(64, 128, 1))
-        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(512, 128, 1))
-        self.attend = nn.ModuleList([AttentionRefinement(512), AttentionRefinement(256)])
-        self.refine = nn.ModuleList(Conv2dNormActivation(128, 128, 3) for _ in range(2))
-        self.fuse = Conv2dNormActivation(2 * 128, 256, 1)
-        self.select = SqueezeExcitation(256, 256)
-        self.predictor = nn.Sequential(Conv2dNormActivation(256, 64, 3), nn.Conv2d(64, num_classes, 1))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        _, stride8, stride16, stride32 = self.backbone(images).values()
-        y = self.context(stride32)  # [B, 128, 1, 1]
-        y = self.refine[0](enlarge(self.attend[0](stride32) + y, stride16))
-        y = self.refine[1](enlarge(self.attend[1](stride16) + y, stride8))
-        y = self.fuse(torch.cat([self.spatial(images), y], 1))
-        logits = at_least_float32(self.predictor(y + self.select(y)))
-        return {"out": enlarge(logits, images)}
-
-
-NETWORKS = {
-    "bisenet-r18": BiSeNet,
-    "deeplabv3-r101": deeplabv3,
-    "semantic-fpn-r101": SemanticFPN,
-    "pspnet-r101": PSPNet,
-}
 
 
 # ============ detection ============
@@ -537,43 +286,33 @@ class DetectionOutput(NamedTuple):
     padded: tuple[int, int]  # height and width of the batch
 
 
-class RoutedPyramid(nn.Module):
-    """Layer17 as the feature pyramid of torchvision's detectors: P2 to P6, each by a 1x1 convolution."""
+class Pyramid(nn.Module):
+    """A backbone of five scales as the feature pyramid of torchvision's detectors: P2 to P6, each by a 1x1
+    convolution."""
 
-    def __init__(self, layers: int, width: int, gate: str, channels: int):
+    def __init__(self, backbone: RoutedBackbone | FixedBackbone, channels: int):
         super().__init__()
         self.out_channels = channels  # a name that torchvision asks for
-        self.backbone = RoutedBackbone(layers, width, gate, scales=5)
-        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.channels)
+        self.backbone = backbone
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in backbone.channels)
         for lateral in self.laterals:
             nn.init.kaiming_uniform_(lateral.weight, a=1)  # as torchvision starts its own pyramid
             nn.init.zeros_(lateral.bias)
 
     def forward(self, x: Tensor) -> tuple[OrderedDict[str, Tensor], Routes]:
-        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride],
-        routes."""
+        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride] by
+        level, "0" to "4", and the routes."""
         features, routes = self.backbone.route(x)
         maps = OrderedDict()
         for level, (lateral, feature) in enumerate(zip(self.laterals, features)):
             maps[str(level)] = lateral(feature)
         return maps, routes
 
-
-class FixedPyramid(nn.Module):
-    """A `RoutedPyramid` with one route for all images."""
-
-    def __init__(self, backbone: FixedBackbone, laterals: nn.ModuleList):
-        super().__init__()
-        self.out_channels = laterals[0].out_channels
-        self.backbone, self.laterals = backbone, laterals
-
-    def predict(self, x: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W], H and W multiples of 64 -> five maps [B, channels, H/stride, W/stride]."""
-        return [lateral(feature) for lateral, feature in zip(self.laterals, self.backbone(x))]
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """The maps of `predict` by level, "0" to "4"."""
-        return OrderedDict((str(level), y) for level, y in enumerate(self.predict(x)))
+    def cut(self, route: Tensor) -> Pyramid:
+        """The static pyramid of a route, with a copy of the weights that it uses."""
+        fixed = Pyramid(self.backbone.cut(route), self.out_channels)
+        fixed.laterals = copy.deepcopy(self.laterals)
+        return fixed.train(self.training)
 
 
 class Detector(nn.Module):
@@ -603,9 +342,8 @@ class Detector(nn.Module):
         proposals: int = 1000, rois: int = 512,
     ):
         super().__init__()
-        self.routed = isinstance(pyramid, RoutedPyramid)
-        self.stride = pyramid.backbone.stride if self.routed else 32
-        self.dim = 3 * pyramid.backbone.num_nodes if self.routed else 0
+        self.on_resnet = not isinstance(pyramid, Pyramid)
+        self.stride = 32 if self.on_resnet else pyramid.backbone.stride
         channels = pyramid.out_channels
         anchors = AnchorGenerator(tuple((anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
         options = dict(
@@ -638,8 +376,14 @@ class Detector(nn.Module):
     def backbone(self) -> RoutedBackbone | FixedBackbone:
         return self.pyramid.backbone
 
+    @property
+    def dim(self) -> int:
+        """Length of A(x)."""
+        return 0 if self.on_resnet else self.backbone.dim
+
     def prepare(self, images: list[Tensor], targets: list[dict] | None = None):
-        """-> (ImageList of one tensor [B, 3, H, W], resized, normalised and padded; targets to match).
+        """images: list of [3, H, W] on 0..1. -> (ImageList of one tensor [B, 3, H, W], resized, normalised
+        and padded; targets to match).
 
         Raises InputError for an image so narrow that nothing would be left of its short side.
         """
@@ -659,46 +403,39 @@ class Detector(nn.Module):
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.prepare(images, targets)
         padded = tuple(batch.tensors.shape[-2:])
-        if self.routed:
-            maps, routes = self.pyramid(batch.tensors)
-            cost = self.backbone.expected_cost(routes, *padded)
-        else:
+        if self.on_resnet:
             maps, routes = self.pyramid(batch.tensors), Routes.none(len(images))
             cost = batch.tensors.new_zeros(len(images))
+        else:
+            maps, routes = self.pyramid(batch.tensors)
+            cost = self.backbone.expected_cost(routes, *padded)
         proposals, losses = self.rcnn.rpn(batch, maps, targets)
         detections, roi_losses = self.rcnn.roi_heads(maps, proposals, batch.image_sizes, targets)
         detections = self.rcnn.transform.postprocess(detections, batch.image_sizes, sizes)
         losses = losses | roi_losses
         return DetectionOutput(losses, detections, routes.A, cost, routes, batch.image_sizes, padded)
 
-    def cut(self, route: Tensor) -> Detector:
-        """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
-        fixed, pyramid = copy.deepcopy(self), self.pyramid
-        backbone, laterals = pyramid.backbone.cut(route), copy.deepcopy(pyramid.laterals)
-        fixed.rcnn.backbone = FixedPyramid(backbone, laterals).train(self.training)
-        fixed.routed, fixed.dim = False, 0
-        return fixed.to(memory_format=torch.channels_last)
-
     def routes(self, images: list[Tensor]) -> Routes:
         """The routes alone: no heads run."""
         return self.pyramid(self.prepare(images)[0].tensors)[1]
 
-    def budgeted_cost(self, height: int, width: int) -> int:
+    def cut(self, route: Tensor) -> Detector:
+        """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
+        fixed = copy.deepcopy(self)
+        fixed.rcnn.backbone = self.pyramid.cut(route)
+        return fixed.to(memory_format=torch.channels_last)
+
+    def full_cost(self, height: int, width: int) -> int:
         """C_all of the budget: `DetectionOutput.cost` with everything open."""
-        return self.backbone.costs(height, width).budgeted
+        return self.backbone.costs(height, width).full
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
-        """Multiply-adds of the backbone by part, int64 [B] or, static, [1]: what the papers' tables show.
-
-        Of a static backbone "paper" counts the convolutions alone, as they do: 88.4 G for ResNet-50-FPN.
-        """
-        if self.routed:
+        """Multiply-adds of the backbone by part, int64 [B] or, static, [1]: what the papers' tables show."""
+        if not self.on_resnet:
             return self.backbone.real_cost(routes, height, width, count)
-        if isinstance(self.pyramid, FixedPyramid):
-            return self.backbone.real_cost(height, width, count)
         if count != "paper":
             height, width = height + -height % self.stride, width + -width % self.stride
-        return {"network": static_cost(resnet50_fpn, height, width, elementwise=count == "exact")}
+        return extra("baselines", "r50-fpn").cost_of_resnet50_fpn(height, width, count)
 
 
 def _in_float32(module: nn.Module, inputs, out):
@@ -719,72 +456,6 @@ def roi_align(side: int, anchor: int) -> MultiScaleRoIAlign:
     maps = OrderedDict((level, torch.zeros(1, 1, 64 // 2**i, 64 // 2**i)) for i, level in enumerate(levels))
     align(maps, [torch.tensor([[0.0, 0, 256, 256]])], [(256, 256)])
     return align
-
-
-def resnet50_fpn(frozen: bool = False) -> nn.Module:
-    """torchvision's ResNet-50 with FPN.
-
-    frozen: batch norm and the first two stages are fixed, as torchvision trains it from ImageNet weights.
-    """
-    options = dict(norm_layer=nn.BatchNorm2d, trainable_layers=5)
-    if frozen:
-        options = dict(norm_layer=FrozenBatchNorm2d, trainable_layers=3)
-    return resnet_fpn_backbone(backbone_name="resnet50", weights=None, **options)
-
-
-class Exportable(nn.Module):
-    """The part of a static network that can be exported.
-
-    Takes normalised images [B, 3, H, W], sides multiples of the stride. Gives logits [B, classes, H, W], or
-    of a detector the maps P2 to P6.
-    """
-
-    def __init__(self, network: FixedSegmenter | Detector):
-        super().__init__()
-        self.network = network.pyramid if isinstance(network, Detector) else network
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        return self.network.predict(images)
-
-
-# ============ cost of static networks ============
-
-_static_costs: dict[tuple, Tensor] = {}
-
-
-def static_cost(build, height: int, width: int, elementwise: bool) -> Tensor:
-    """`count_multiply_adds` of the network that `build` makes, for one image: int64 [1]."""
-    key = (build, height, width, elementwise)
-    if key not in _static_costs:
-        with torch.device("meta"):  # shapes alone: nothing is allocated, nothing computed
-            network, image = build().eval(), torch.empty(1, 3, height, width)
-        _static_costs[key] = torch.tensor([count_multiply_adds(network, image, elementwise)])
-    return _static_costs[key]
-
-
-def count_multiply_adds(network: nn.Module, image, elementwise: bool = True) -> int:
-    """Multiply-adds of one forward pass as the papers count: convolutions and linear layers, and, where
-    `elementwise`, 2 per element of batch and group norm, 1 of ReLU and of pooling; not resizing, sigmoids,
-    sums and products of maps."""
-    per_element = {nn.BatchNorm2d: 2, FrozenBatchNorm2d: 2, nn.GroupNorm: 2}
-    per_element |= {nn.ReLU: 1, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1}
-    total = 0
-
-    def add(module, inputs, output):
-        nonlocal total
-        # Of adaptive pooling every input element is summed once.
-        counted = inputs[0] if isinstance(module, nn.AdaptiveAvgPool2d) else output
-        total += per_element[type(module)] * counted.numel()
-
-    hooks = []
-    for module in network.modules():
-        if elementwise and type(module) in per_element:
-            hooks.append(module.register_forward_hook(add))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-    for hook in hooks:
-        hook.remove()
-    return total + counter.get_total_flops() // 2  # it counts a multiply-add as two
 
 
 # ============ checkpoints ============
@@ -883,55 +554,6 @@ def _numpy_globals() -> list:
 
 # ============ weights from elsewhere ============
 
-# Checkpoints of Dynamic Routing's authors: their names of the convolutions -> ours. A norm is theirs with
-# ".norm" behind the convolution's name; ours has the next number.
-PUBLISHED_NAMES = {
-    r"\.stem_1\.": ".0.",
-    r"\.stem_2\.0\.": ".3.",
-    r"\.stem_2\.1\.": ".4.",
-    r"\.stem_3\.0\.": ".7.",
-    r"\.stem_3\.1\.": ".8.",
-    r"\.init_layer\.": ".init.",
-    r"\.all_cell_list\.": ".layers.",
-    r"\.cell_ops\._ops\.0\.op\.([01])\.": r".cell.body.\1.",
-    r"\.cell_ops\._ops\.0\.op\.2\.": ".cell.body.4.",
-    r"\.cell_ops\._ops\.0\.op\.3\.": ".cell.body.5.",
-    r"\.res_(up|down)\.1\.": r".\1.0.",
-    r"\.gate_conv_beta\.0\.": ".gate.features.0.",
-    r"\.gate_conv_beta\.2\.": ".gate.decide.",
-    r"^sem_seg_head\.layer_decoder_list\.(\d)\.": r"head.laterals.\1.0.",
-    r"^sem_seg_head\.": "head.",
-}
-ANY_CHECKPOINT = "a checkpoint of train_seg.py, train_det.py or of Dynamic Routing's authors"
-FIRST = "backbone.stem.0.weight"
-
-
-def from_published_name(name: str) -> str:
-    """A weight's name in the checkpoints of Dynamic Routing's authors -> its name in `RoutedSegmenter`."""
-    for theirs, ours in PUBLISHED_NAMES.items():
-        name = re.sub(theirs, ours, name)
-    return re.sub(r"\.(\d+)\.norm\.", lambda number: f".{int(number[1]) + 1}.", name)
-
-
-def published_weights(contents: dict) -> dict[str, Tensor] | None:
-    """The weights in a checkpoint of Dynamic Routing's authors, by our names; None of any other file.
-
-    Their input is BGR on 0..255 with the mean taken off, ours RGB on 0..1 with the mean taken off and divided
-    by the deviation. That is a permutation and a factor in the first convolution, which pads nothing.
-    """
-    found = contents.get("model", contents)
-    if not isinstance(found, dict) or "backbone.stem.stem_1.weight" not in found:
-        return None
-    weights = {}
-    for name, value in found.items():
-        if isinstance(value, (Tensor, np.ndarray)):
-            weights[from_published_name(str(name))] = torch.as_tensor(value)
-    first = weights.get(FIRST)
-    if first is None or first.dim() != 4 or first.shape[1] != 3:
-        return None
-    deviation = 255 * first.new_tensor([0.229, 0.224, 0.225])  # ImageNet's, RGB
-    return weights | {FIRST: first.flip(1) * deviation[:, None, None]}
-
 
 class Initialized(NamedTuple):
     """What `load_matching` did with each tensor, by our names."""
@@ -949,10 +571,8 @@ class Initialized(NamedTuple):
 
 def load_matching(model: nn.Module, found: dict[str, Tensor]) -> Initialized:
     """Loads what fits the model by name and shape; the rest of the model stays as it is."""
-    state = model.state_dict()
-    found = {str(name): weight for name, weight in found.items()}  # a file may have numbers as names
+    state, fits = model.state_dict(), {}
     found = {name: weight for name, weight in found.items() if not name.endswith("num_batches_tracked")}
-    fits = {}
     for name, weight in found.items():
         if name in state and getattr(weight, "shape", None) == state[name].shape:
             fits[name] = weight
@@ -960,65 +580,35 @@ def load_matching(model: nn.Module, found: dict[str, Tensor]) -> Initialized:
     return Initialized(list(fits), missing, [name for name in found if name not in fits])
 
 
-def initialize(model: nn.Module, path: Path | str) -> Initialized:
-    """Starts a model from the weights of a file.
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The weights in a file by name: in a checkpoint of ours, in one of Dynamic Routing's authors, whose
+    names become ours, or of any network, alone in the file. Raises InputError where it cannot be read."""
+    contents = read_file(path, "weights to start from, of the kinds that the README names")
+    weights, theirs = contents.get("weights", contents), contents.get("model", contents)
+    if isinstance(theirs, dict) and "backbone.stem.stem_1.weight" in theirs:
+        weights = extra("published", f"--init {path}").weights_of(contents)
+    return {str(name): weight for name, weight in weights.items()} if isinstance(weights, dict) else {}
 
-    A model of the routing space takes a checkpoint of ours, for either task, or its weights alone, or one of
-    Dynamic Routing's authors. Gates and head may be missing in it, as in the authors' ImageNet backbones
-    "Fix". A network on a ResNet of torchvision's takes torchvision's ImageNet weights of that ResNet. Raises
-    InputError where the file cannot be read or does not fit.
+
+def initialize(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> Initialized:
+    """Starts a model from `read_weights` of a file.
+
+    A model of the routing space takes those of another, for either task. Gates and head may be missing in it,
+    as in the authors' ImageNet backbones "Fix". A network on a ResNet of torchvision's takes torchvision's
+    ImageNet weights of that ResNet. Raises InputError, which names the file, where they do not fit.
     """
-    if not model.dim and not isinstance(model, FixedSegmenter):
-        detector = isinstance(model, Detector)
-        body = model.pyramid.body if detector else model.network.backbone
-        wanted = f"torchvision's weights of {'ResNet-50' if detector else model.resnet}"
-        report = load_matching(body, read_file(path, wanted))
-        if report.missing:
-            raise InputError(f"--init {path}: not {wanted}: no {report.missing[0]}")
-        for name in report.left_over:
-            if not name.startswith("fc."):  # the classifier
-                raise InputError(f"--init {path}: not {wanted}: there is also {name}")
-        return report
-    contents = read_file(path, ANY_CHECKPOINT)
-    weights = published_weights(contents) or contents.get("weights", contents)
-    weights = weights if isinstance(weights, dict) else {}
+    if not isinstance(model, Segmenter) and not model.dim:
+        return extra("baselines", "--init").initialize(model, weights, path)
     prefix = "rcnn.backbone." if isinstance(model, Detector) else ""  # of the same backbone's names
     found = {}
     for name, weight in weights.items():
-        name = str(name)
-        if name.startswith("rcnn.backbone.backbone."):
-            name = name.removeprefix("rcnn.backbone.")
+        name = name.replace("rcnn.backbone.backbone.", "backbone.")
         found[prefix + name if name.startswith("backbone.") else name] = weight
     report = load_matching(model, found)
-    if prefix + FIRST not in report.matched:  # a few biases always fit
+    if prefix + "backbone.stem.0.weight" not in report.matched:  # a few biases always fit
         words = "its weights do not fit the network; give a checkpoint of a routed one of the same --width"
         raise InputError(f"--init {path}: {words}")
     return report
-
-
-def load_published(path: Path | str, variant: str, device: torch.device) -> tuple[nn.Module, dict]:
-    """A segmentation checkpoint of Dynamic Routing's authors -> the model in evaluation mode, and about it.
-
-    The variant says which gate it has, which their files do not: Dynamic-Raw's are full. Raises InputError
-    where the file is none of theirs or lacks a weight.
-    """
-    contents = read_file(path, ANY_CHECKPOINT)
-    weights = published_weights(contents)
-    if weights is None:
-        raise InputError(f"{path}: none of Dynamic Routing's authors' checkpoints, which --variant is for")
-    if "head.predictor.weight" not in weights:
-        raise InputError(f"{path}: a backbone without a head; train from it with --init")
-    numbers = [int(name.split(".")[2]) for name in weights if re.match(r"backbone\.layers\.\d{1,3}\.", name)]
-    args = dict(
-        variant=variant, task="segmentation", num_classes=len(weights["head.predictor.weight"]),
-        layers=1 + max(numbers, default=0), width=len(weights[FIRST]),
-        gate="full" if variant == "dr-raw" else "small")
-    model = build_model(**args)
-    missing = load_matching(model, weights).missing
-    if missing:
-        lacking = f"lacks {len(missing)} weights of {variant}, the first {missing[0]}"
-        raise InputError(f"{path}: {lacking}; train from it with --init")
-    return model.to(device).eval(), {"model_args": args, "iteration": int(contents.get("iteration", 0))}
 
 
 # ============ what every command does ============
@@ -1063,11 +653,8 @@ def one_line_errors(*kinds: type[Exception]):
     A warning is one line too.
     """
     script = Path(sys.argv[0]).name
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         with warnings.catch_warnings():
@@ -1080,6 +667,41 @@ def one_line_errors(*kinds: type[Exception]):
             bar.close()
         print(f"{script}: {message}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 2) from None
+
+
+def three_digits(value: float) -> str:
+    """A number with three digits that count, at the least: 0.00430, 5.94, 118.1."""
+    return f"{value:.1f}" if value >= 100 else f"{value:#.3g}"
+
+
+def table(rows: list[list], form: str = "text", left: int = 2) -> str:
+    """Header and rows as "text", "markdown", "latex" or "csv"; the first `left` columns are flush left."""
+    if form == "csv":
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(rows)
+        return file.getvalue().rstrip("\n")
+    rows = [[str(cell) for cell in row] for row in rows]
+    if form == "latex":
+        marks = {"±": r"$\pm$", "λ1": r"$\lambda_1$", "λ2": r"$\lambda_2$", "–": "--"}
+        marks |= {mark: "\\" + mark for mark in "_&%$#{}"}
+        pattern = re.compile("|".join(map(re.escape, marks)))
+        lines = []
+        for row in rows:
+            cells = [pattern.sub(lambda found: marks[found[0]], cell) for cell in row]
+            lines.append(" & ".join(cells) + r" \\")
+        top = r"\begin{tabular}{" + "l" * left + "r" * (len(rows[0]) - left) + "}"
+        end = [r"\bottomrule", r"\end{tabular}"]
+        return "\n".join([top, r"\toprule", lines[0], r"\midrule", *lines[1:], *end])
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    aligned = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[:left] = [cell.ljust(width) for cell, width in zip(row, widths[:left])]
+        aligned.append(cells)
+    if form == "text":
+        return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    rule = ["-" * width for width in widths[:left]] + ["-" * (width - 1) + ":" for width in widths[left:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
 
 
 class Process(NamedTuple):

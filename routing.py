@@ -45,7 +45,6 @@ class Routes(NamedTuple):
     logits: Tensor  # [B, 1 + nodes, 3] before the non-linearity; 0 without a path and in nodes not reached
     alpha: Tensor  # [B, 1 + nodes, 3] in [0, 1): relu(tanh(logits))
     reached: Tensor  # [B, 1 + nodes] bool
-    weights: list[Tensor]  # per layer, init first: [B, n, 3], what paths are multiplied by; [] when skipping
 
     @property
     def A(self) -> Tensor:
@@ -59,13 +58,13 @@ class Routes(NamedTuple):
     def of_image(self, b: int) -> Routes:
         """The routes of image `b` alone: [1, ...]."""
         one = slice(b, b + 1)
-        return Routes(self.logits[one], self.alpha[one], self.reached[one], [])
+        return Routes(self.logits[one], self.alpha[one], self.reached[one])
 
     @classmethod
-    def none(cls, images: int) -> Routes:
-        """What a network without gates has: the rows of no node, A is [images, 0]."""
-        nothing = torch.zeros(images, 1, 3)
-        return cls(nothing, nothing, nothing[..., 0] > 0, [])
+    def none(cls, images: int, device: torch.device | str = "cpu") -> Routes:
+        """What a static network has: the rows of no node, A is [images, 0]."""
+        nothing = torch.zeros(images, 1, 3, device=device)
+        return cls(nothing, nothing, nothing[..., 0] > 0)
 
 
 class Costs(NamedTuple):
@@ -76,7 +75,7 @@ class Costs(NamedTuple):
     path: Tensor  # [1 + nodes, 3]
     gate: Tensor  # [1 + nodes]
     every_gate: bool  # whether the gate of a node that is not reached counts too
-    budgeted: int  # C_all of the budget: all cells and paths, fully open
+    full: int  # C_all of the budget: all cells and paths, fully open
 
 
 def nodes_per_layer(layers: int, scales: int = 4) -> list[int]:
@@ -144,16 +143,18 @@ class Cell(nn.Module):
 
 
 class Gate(nn.Module):
-    """A node's input [B, C, h, w] -> one logit per path that exists, [B, paths], in the order keep, up, down.
+    """A node's input [B, C, h, w] -> logits [B, 3] as (up, keep, down), 0 for a path that does not exist.
 
     `small`: the input is first shrunk to a quarter of its height and width, but to no less than one pixel.
+    Logits are in float32 at least, for half precision cannot tell OPEN.
     """
 
-    def __init__(self, channels: int, paths: int, small: bool):
+    def __init__(self, channels: int, paths: tuple[int, ...], small: bool):
         super().__init__()
         self.small = small
+        self.order = [path for path in (KEEP, UP, DOWN) if path in paths]  # as in published checkpoints
         self.features = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1))
-        self.decide = nn.Conv2d(channels // 2, paths, 1)
+        self.decide = nn.Conv2d(channels // 2, len(paths), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.small and min(x.shape[-2:]) >= 4:
@@ -162,7 +163,10 @@ class Gate(nn.Module):
             x = resize(x, size=[max(side // 4, 1) for side in x.shape[-2:]])
         pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)  # [B, C/2]
         # On one pixel a linear layer does what the 1x1 convolution does, in less time.
-        return F.linear(pooled, self.decide.weight.flatten(1), self.decide.bias)
+        logits = at_least_float32(F.linear(pooled, self.decide.weight.flatten(1), self.decide.bias))
+        column = dict(zip(self.order, logits.unbind(1)))
+        nothing = logits.new_zeros(logits.shape[0])  # not len(): an exported network would be fixed to it
+        return torch.stack([column.get(path, nothing) for path in (UP, KEEP, DOWN)], 1)
 
 
 class Node(nn.Module):
@@ -171,24 +175,23 @@ class Node(nn.Module):
     def __init__(self, channels: int, up: bool, down: bool, gate: str | None):
         super().__init__()
         self.channels = channels
+        self.paths = (UP,) * up + (DOWN,) * down + (KEEP,)
         self.cell = Cell(channels)
         self.up = nn.Sequential(*conv_bn(channels, channels // 2, kernel_size=1)) if up else None
         self.down = nn.Sequential(*conv_bn(channels, channels * 2, kernel_size=1)) if down else None
-        self.gate = Gate(channels, 1 + up + down, small=gate == "small") if gate else None
-        self.exists = (up, True, down)  # by path
+        self.gate = Gate(channels, self.paths, small=gate == "small") if gate else None
 
-    @property
-    def paths(self) -> list[int]:
-        """The paths that exist, in the order of A."""
-        return [path for path in (UP, KEEP, DOWN) if self.exists[path]]
+    def exists(self) -> list[bool]:
+        """Which of up, keep and down it has."""
+        return [path in self.paths for path in (UP, KEEP, DOWN)]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Gate logits [B, 3] as (up, keep, down), at least in float32; 0 for a path that does not exist."""
-        gate = at_least_float32(self.gate(x))  # half precision cannot tell OPEN
-        order = [path for path in (KEEP, UP, DOWN) if self.exists[path]]  # as in published checkpoints
-        column = dict(zip(order, gate.unbind(1)))
-        nothing = gate.new_zeros(gate.shape[0])  # not len(): an exported network would be fixed to it
-        return torch.stack([column.get(path, nothing) for path in (UP, KEEP, DOWN)], 1)
+    def restrict(self, row: list[bool]) -> None:
+        """Leaves the paths (up, keep, down) that `row` opens; without any, cell and gate go too."""
+        self.paths = tuple(path for path in self.paths if row[path])
+        if not self.paths:
+            self.cell = self.gate = None
+        self.up = self.up if row[UP] else None
+        self.down = self.down if row[DOWN] else None
 
     def carry(self, path: int, h: Tensor, weight: Tensor | None) -> Tensor:
         """Sends the cell's output [B, C, h, w] up or down one scale, times `weight` [B, 1, 1, 1] if given."""
@@ -245,16 +248,74 @@ class Grid(nn.Module):
         return [self.init] + [node for layer in self.layers for node in layer]
 
     def _layers(self):
-        """The layers, the init node's first, each with the rows of its nodes in `Routes`."""
-        first = 0
-        for layer in [[self.init], *self.layers]:
-            yield layer, slice(first, first + len(layer))
+        """The layers, the init node's first, each with the rows of its nodes in `Routes`, and with how many
+        nodes the next layer has; after the last one, how many outputs there are."""
+        first, layers = 0, [[self.init], *self.layers]
+        for layer, after in zip(layers, [*layers[1:], layers[-1]]):
+            yield layer, slice(first, first + len(layer)), len(after)
             first += len(layer)
 
-    def _check_size(self, x: Tensor) -> None:
+    def _run(
+        self, x: Tensor, forced: Tensor | None = None, skip: bool = False
+    ) -> tuple[list[Tensor], Routes | None]:
+        """Images [B, 3, H, W] through the layers -> features, and, where there are gates, the routes.
+
+        forced: [B, 1 + nodes, 3], alpha in place of what the gates say. skip: an image, B = 1, runs without
+        what is closed for it; else all runs, and what is closed is multiplied by zero.
+        """
         height, width = x.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
+        first = self.stem(x)
+        arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing is delivered
+        place = "cpu" if skip else x.device  # of all that decides what runs
+        reached = torch.ones(x.shape[0], 1, dtype=torch.bool, device=place)  # [B, n]
+        decided = []
+        for layer, rows, targets in self._layers():
+            for s, node in enumerate(layer):
+                if arrived[s] is None and node.cell is not None and (not skip or reached[0, s]):
+                    arrived[s] = _zeros_at(s, first)  # closed paths of an open node deliver zeros
+            runs, weight = [node.paths for node in layer], None
+            passes = [node.cell is None for node in layer]  # whether, or times what, the input goes on
+            if self.gate:
+                here = reached.to(x.device, non_blocking=True)
+                logits, alpha = self._decide(layer, rows, arrived, here, forced)  # [B, n, 3]
+                decided.append((logits, alpha, here))
+                weight = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
+                if skip:
+                    alpha = alpha.detach().cpu()  # the layer's one wait for the device
+                    opened = (alpha[0] > OPEN).tolist()
+                    runs = [[path for path in paths if opened[s][path]] for s, paths in enumerate(runs)]
+                closed = alpha.sum(-1) < OPEN  # [B, n]
+                reached = _reached_next(reached, closed, targets)
+                if skip:
+                    passes = closed[0].tolist()
+                else:
+                    for s, of_node in enumerate(closed.to(first.dtype)[..., None, None, None].unbind(1)):
+                        passes[s] = passes[s] or of_node  # [B, 1, 1, 1]
+            arrived = _deliver(layer, arrived, runs, weight, passes, targets)
+        features = [_zeros_at(s, first) if y is None else y for s, y in enumerate(arrived)]
+        if not self.gate:
+            return features, None
+        return features, Routes(*(torch.cat(parts, 1) for parts in zip(*decided)))
+
+    def _decide(
+        self, layer, rows: slice, arrived: list, reached: Tensor, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the gates of a layer say: logits, and alpha = relu(tanh(logits)) or `forced`, each [B, n, 3].
+
+        Both are 0 in nodes that are not `reached` [B, n], and for paths that do not exist.
+        """
+        like = next(y for y in arrived if y is not None)
+        nothing = at_least_float32(like.new_zeros(like.shape[0], 3))
+        logits = []
+        for node, y in zip(layer, arrived):
+            logits.append(nothing if node.gate is None or y is None else node.gate(y))
+        logits = torch.stack(logits, 1) * reached[..., None]
+        if forced is None:
+            return logits, F.relu(torch.tanh(logits))
+        exists = torch.tensor([node.exists() for node in layer]).to(forced)
+        return logits, forced[:, rows] * exists * reached[..., None]
 
     def costs(self, height: int, width: int, count: str = "paper") -> Costs:
         """Multiply-adds of every part for one image of `height` x `width` pixels.
@@ -286,13 +347,14 @@ class Grid(nn.Module):
 class RoutedBackbone(Grid):
     """A grid whose gates route each image: images [B, 3, H, W] -> (features, A, cost); see `forward`.
 
-    Arguments and attributes are those of `Grid`.
+    Arguments and attributes are those of `Grid`, and dim, the length of A.
     """
 
     def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
         if gate is None:
             raise ValueError("gate=None: a routed network has gates, 'full' or 'small'")
         super().__init__(layers, width, gate, scales)
+        self.dim = 3 * self.num_nodes
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Images [B, 3, H, W] -> features, A, cost.
@@ -317,92 +379,18 @@ class RoutedBackbone(Grid):
                 takes less time together, and so does any batch on a GPU.
             alpha: [B, 1 + nodes, 3] in place of what the gates say; they run all the same.
         """
-        self._check_size(x)
         batch, _, height, width = x.shape
         if skip is None:
             large = self.width * height * width // 16 >= LARGE
             one_by_one = batch == 1 or large and x.device.type == "cpu"
             skip = one_by_one and not self.training
-        if not skip:
-            return self._run_masked(x, alpha)
-        if batch == 1:
-            return self._run_skipping(x, alpha)
+        if not skip or batch == 1:
+            return self._run(x, alpha, skip)
         alphas = [None] * batch if alpha is None else alpha.expand(batch, -1, -1).split(1)
-        runs = [self._run_skipping(image, forced) for image, forced in zip(x.split(1), alphas)]
+        runs = [self._run(image, forced, skip=True) for image, forced in zip(x.split(1), alphas)]
         features, routes = zip(*runs)
-        logits, alpha, reached, _ = zip(*routes)
         features = [torch.cat(maps) for maps in zip(*features)]
-        return features, Routes(torch.cat(logits), torch.cat(alpha), torch.cat(reached), [])
-
-    def _run_masked(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
-        """Runs everything and multiplies by zero what is closed."""
-        arrived = [self.stem(x)]  # per node of the layer: [B, C, h, w]
-        reached = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)  # [B, n]
-        decided = []
-        for layer, rows in self._layers():
-            logits = torch.stack([node.logits(y) for node, y in zip(layer, arrived)], 1)  # [B, n, 3]
-            logits = logits * reached[..., None]
-            alpha = _alpha(logits, layer, reached, forced, rows)
-            closed = alpha.sum(-1) < OPEN  # [B, n]
-            weights = alpha * (alpha > OPEN)
-            decided.append((logits, alpha, reached, weights))
-
-            weight = weights.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
-            passes = closed.to(arrived[0].dtype)[..., None, None, None]  # [B, n, 1, 1, 1]
-            following = [None] * _count_targets(layer)
-            for s, (node, y) in enumerate(zip(layer, arrived)):
-                h = node.cell(y)
-                for path in node.paths:
-                    if path != KEEP:
-                        _add(following, s + path - 1, node.carry(path, h, weight[:, s, path]))
-                _add(following, s, h, weight[:, s, KEEP])
-                _add(following, s, y, passes[:, s])
-            arrived, reached = following, _reached_next(layer, reached, closed)
-        logits, alpha, reached, weights = zip(*decided)
-        routes = Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), list(weights))
-        return arrived, routes
-
-    def _run_skipping(self, x: Tensor, forced: Tensor | None) -> tuple[list[Tensor], Routes]:
-        """Runs what is open for one image [1, 3, H, W]."""
-        first = self.stem(x)
-        arrived = [first]  # per node of the layer: [1, C, h, w], or None where nothing was delivered
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        no_logits = torch.zeros(1, 3, dtype=dtype, device=x.device)
-
-        reached = torch.ones(1, 1, dtype=torch.bool)  # [1, n], on the CPU like all that decides what runs
-        decided = []
-        for layer, rows in self._layers():
-            logits = [no_logits if y is None else node.logits(y) for node, y in zip(layer, arrived)]
-            logits = torch.stack(logits, 1)  # [1, n, 3]
-            reached_here = reached.to(x.device, non_blocking=True)
-            alpha = _alpha(logits, layer, reached_here, forced, rows)
-            decided.append((logits, alpha, reached_here))
-            host = alpha.detach().cpu()  # the layer's one wait for the device: what runs next depends on it
-            closed, opened = host.sum(-1) < OPEN, host > OPEN
-
-            following = [None] * _count_targets(layer)
-            for s, node in enumerate(layer):
-                y, arrived[s] = arrived[s], None  # frees the map: no later node needs it
-                if y is None:
-                    continue
-                if closed[0, s]:
-                    _add(following, s, y)
-                    continue
-                weight = alpha[:, s].to(y.dtype)[..., None, None, None]  # [1, 3, 1, 1, 1]
-                h = node.cell(y) if opened[0, s].any() else None
-                for path in node.paths:
-                    if path != KEEP and opened[0, s, path]:
-                        _add(following, s + path - 1, node.carry(path, h, weight[:, path]))
-                if opened[0, s, KEEP]:
-                    _add(following, s, h, weight[:, KEEP])
-            reached = _reached_next(layer, reached, closed)
-            for s in range(len(following)):
-                if following[s] is None and reached[0, s]:  # the closed paths of an open node deliver zeros
-                    following[s] = _zeros_at(s, first)
-            arrived = following
-        features = [_zeros_at(s, first) if y is None else y for s, y in enumerate(arrived)]
-        logits, alpha, reached = zip(*decided)
-        return features, Routes(torch.cat(logits, 1), torch.cat(alpha, 1), torch.cat(reached, 1), [])
+        return features, Routes(*map(torch.cat, zip(*routes)))
 
     def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
         """Multiply-adds [B] (paper count), a path's times alpha, a cell's times its node's largest alpha."""
@@ -419,8 +407,8 @@ class RoutedBackbone(Grid):
 
     def open_routes(self) -> Routes:
         """The routes of one image with everything open, every alpha 1: [1, 1 + nodes, ...]."""
-        alpha = torch.tensor([node.exists for node in self.all_nodes()])[None].float()
-        return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool), [])
+        alpha = torch.tensor([node.exists() for node in self.all_nodes()])[None].float()
+        return Routes(alpha.clone(), alpha, torch.ones(alpha.shape[:2], dtype=torch.bool))
 
     def cut(self, route: Tensor) -> FixedBackbone:
         """The static network of a route, bool [1 + nodes, 3], with a copy of the weights that it uses."""
@@ -445,14 +433,16 @@ class FixedBackbone(Grid):
             closed.
         layers, width, gate, scales: as in `Grid`.
 
-    Attributes: route, without what is not reached; rows, the same as lists, to branch on without waiting for
-    the device; filled, for each output whether it can be anything but 0. Raises ValueError for a route of
-    another grid.
+    Attributes: fixed_route, without what is not reached; rows, the same as lists, to branch on without
+    waiting for the device; filled, for each output whether it can be anything but 0; dim, 0, the length of A.
+    Raises ValueError for a route of another grid.
     """
+
+    dim = 0
 
     def __init__(self, route: Tensor, layers: int, width: int, gate: str | None, scales: int = 4):
         super().__init__(layers, width, gate, scales)
-        exists = torch.tensor([node.exists for node in self.all_nodes()])
+        exists = torch.tensor([node.exists() for node in self.all_nodes()])
         if route.shape != exists.shape:
             shapes = f"{tuple(route.shape)}, with {layers} layers it is {tuple(exists.shape)}"
             raise ValueError(f"route of shape {shapes}: a row of up, keep, down for each node")
@@ -461,22 +451,19 @@ class FixedBackbone(Grid):
             row = (route & ~exists).any(1).nonzero()[0].item()
             raise ValueError(f"route: row {row} opens a path that its node does not have")
         route, self.filled = self._reached_part(route)
-        self.register_buffer("route", route, persistent=False)
+        self.register_buffer("fixed_route", route, persistent=False)
         self.rows = route.tolist()
         for node, row in zip(self.all_nodes(), self.rows):
-            if not any(row):
-                node.cell = node.gate = None
-            node.up = node.up if row[UP] else None
-            node.down = node.down if row[DOWN] else None
+            node.restrict(row)
 
     def _reached_part(self, route: Tensor) -> tuple[Tensor, list[bool]]:
         """Returns the route without the paths of nodes that it never reaches, and for each output whether a
         map arrives there that is not all zeros."""
         route, reached, arrives = route.clone(), torch.ones(1, 1, dtype=torch.bool), [True]
-        for layer, rows in self._layers():
+        for _, rows, targets in self._layers():
             route[rows] &= reached[0, :, None]
-            reached = _reached_next(layer, reached, ~route[None, rows].any(-1))
-            following = [False] * _count_targets(layer)
+            reached = _reached_next(reached, ~route[None, rows].any(-1), targets)
+            following = [False] * targets
             for s, row in enumerate(route[rows].tolist()):
                 if not any(row) or self.gate:  # closed nodes hand their input on; a gate may close any node
                     following[s] |= arrives[s]
@@ -491,56 +478,25 @@ class FixedBackbone(Grid):
 
         Raises ValueError if H or W is not a multiple of `stride`.
         """
-        self._check_size(x)
-        first = self.stem(x)
-        arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing arrives for any image
-        reached = first.new_ones(first.shape[0], 1, dtype=torch.bool)  # [B, n]
-        for layer, place in self._layers():
-            route = self.rows[place]
-            for s, row in enumerate(route):
-                if any(row) and arrived[s] is None:  # reached, but by zeros alone
-                    arrived[s] = _zeros_at(s, first)
-            weight = [[None] * 3] * len(layer)  # [n][3], each [B, 1, 1, 1]; None stands for 1
-            if self.gate:
-                alpha, closed = self._weigh(layer, place, arrived, reached)
-                reached = _reached_next(layer, reached, closed)
-                passes = closed.to(first.dtype)[..., None, None, None]  # [B, n, 1, 1, 1]
-                alpha = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]
-                weight = [of_node.unbind(1) for of_node in alpha.unbind(1)]
-            following = [None] * _count_targets(layer)
-            for s, (node, y, row) in enumerate(zip(layer, arrived, route)):
-                if not any(row):
-                    if y is not None:
-                        _add(following, s, y)
-                    continue
-                h = node.cell(y)
-                for path in (UP, DOWN):
-                    if row[path]:
-                        _add(following, s + path - 1, node.carry(path, h, weight[s][path]))
-                if row[KEEP]:
-                    _add(following, s, h, weight[s][KEEP])
-                if self.gate:
-                    _add(following, s, y, passes[:, s])
-            arrived = following
-        return [_zeros_at(s, first) if y is None else y for s, y in enumerate(arrived)]
+        return self._run(x)[0]
 
-    def _weigh(self, layer, rows: slice, arrived: list, reached: Tensor) -> tuple[Tensor, Tensor]:
-        """What the gates of a layer say, given what arrived and which nodes are reached, [B, n].
+    def route(self, x: Tensor, skip: bool | None = None) -> tuple[list[Tensor], Routes]:
+        """The features, and routes without a row: nothing is left to decide, and nothing to skip."""
+        return self.forward(x), Routes.none(len(x), x.device)
 
-        Returns alpha [B, n, 3], 0 where a path outside the route would be open;
-        closed [B, n], which nodes are closed for an image.
+    def _decide(self, layer, rows, arrived, reached, forced):
+        """As in `Grid`, but alpha is 0 where a path outside the route would be open.
+
+        What is up to OPEN stays there too: it counts in whether a node is closed.
         """
-        like = next(y for y in arrived if y is not None)
-        nothing = at_least_float32(like.new_zeros(like.shape[0], 3))
-        logits = []
-        for node, y in zip(layer, arrived):
-            logits.append(nothing if node.gate is None else node.logits(y))
-        alpha = _alpha(torch.stack(logits, 1), layer, reached, None, rows)
-        # What is up to OPEN stays outside the route too: it counts in whether a node is closed.
-        alpha = alpha.masked_fill(~self.route[rows] & (alpha > OPEN), 0)
-        return alpha, alpha.sum(-1) < OPEN
+        logits, alpha = super()._decide(layer, rows, arrived, reached, forced)
+        return logits, alpha.masked_fill(~self.fixed_route[rows] & (alpha > OPEN), 0)
 
-    def real_cost(self, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
+    def expected_cost(self, routes: Routes, height: int, width: int) -> Tensor:
+        """What the budget sees: nothing, [B]."""
+        return routes.alpha.new_zeros(len(routes.alpha))
+
+    def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of any image by part: stem, cells, paths, gates, each int64 [1] on the CPU."""
         opened = torch.tensor([self.rows])  # not from the buffer: a GPU would be waited for
         return self._sum_costs(self.costs(height, width, count), opened, opened.any(-1))
@@ -553,25 +509,36 @@ def _zeros_at(s: int, first: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _alpha(logits: Tensor, layer, reached: Tensor, forced: Tensor | None, rows: slice) -> Tensor:
-    """Logits [B, n, 3] -> alpha = relu(tanh(logits)), or `forced`; 0 where there is no path or no input."""
-    if forced is None:
-        return F.relu(torch.tanh(logits)) * reached[..., None]
-    exists = torch.tensor([node.exists for node in layer]).to(forced)
-    return forced[:, rows] * exists * reached[..., None]
+def _deliver(layer, arrived: list, runs: list, weight: Tensor | None, passes: list, targets: int) -> list:
+    """What a layer hands to the `targets` nodes of the next: per node [B, C, h, w], None where nothing comes.
+
+    arrived: likewise, of this layer; emptied as it goes, for no later node needs a map. Per node, runs: the
+    paths by which the cell's output goes on, times its `weight` [B, n, 3, 1, 1, 1], None for 1. passes: the
+    factor [B, 1, 1, 1] of the input that goes on by keep; True for 1, False for 0.
+    """
+    following = [None] * targets
+    for s, node in enumerate(layer):
+        y, arrived[s] = arrived[s], None
+        if y is None:
+            continue
+        h = node.cell(y) if runs[s] else None
+        for path in runs[s]:
+            alpha = None if weight is None else weight[:, s, path]  # [B, 1, 1, 1]
+            if path == KEEP:
+                _add(following, s, h, alpha)
+            else:
+                _add(following, s + path - 1, node.carry(path, h, alpha))
+        if passes[s] is not False:
+            _add(following, s, y, None if passes[s] is True else passes[s])
+    return following
 
 
-def _count_targets(layer) -> int:
-    """How many nodes the next layer has, or, after the last layer, how many outputs there are."""
-    return len(layer) + layer[-1].exists[DOWN]
-
-
-def _reached_next(layer, reached: Tensor, closed: Tensor) -> Tensor:
-    """[B, n] -> [B, n_next]: a reached node delivers along keep and, if not closed, along up and down.
+def _reached_next(reached: Tensor, closed: Tensor, targets: int) -> Tensor:
+    """[B, n] -> [B, targets]: a reached node delivers along keep and, if not closed, along up and down.
 
     After the last layer, which only keeps, the answer does not matter.
     """
-    more = _count_targets(layer) - len(layer)
+    more = targets - reached.shape[1]
     delivers = reached & ~closed
     keep = F.pad(reached, (0, more))
     up = F.pad(delivers[:, 1:], (0, more + 1))
@@ -597,91 +564,6 @@ def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> N
         following[to] = total.add_(y) if in_place else total + y
     else:  # one pass over the maps
         following[to] = total.addcmul_(y, weight) if in_place else torch.addcmul(total, y, weight)
-
-
-# ============ classic networks as routes ============
-
-# Those that Dynamic Routing (section 4) places in the routing space.
-ROUTES = ("fcn-32s", "deeplabv3", "u-net", "hrnetv2", "auto-deeplab")
-AUTO_DEEPLAB = (0, 0, 0, 1, 2, 1, 2, 2, 3, 3, 2, 1)  # scales of its 12 cells (Liu et al., CVPR 2019)
-
-
-def named_route(name: str, layers: int = 16) -> Tensor:
-    """The route of a classic network, bool [1 + nodes, 3], in a grid of four scales.
-
-    fcn-32s:       one cell per layer, a quarter of the layers at each stride, 4 to 32.
-    deeplabv3:     the same down to stride 16; in the last quarter three branches at strides 8, 16 and 32 take
-                   the place of its pyramid of dilated convolutions (of less than four layers: no branches).
-    u-net:         down and up again, a scale every eighth of the layers; each scale runs from the way down to
-                   the way up, where the two are added.
-    hrnetv2:       every quarter of the layers a coarser scale joins; all run on, and every second layer
-                   neighbours exchange their maps.
-    auto-deeplab:  one cell per layer, at the scales of the network that was found for Cityscapes.
-
-    Raises ValueError for another name.
-    """
-    if name not in ROUTES:
-        raise ValueError(f"route {name!r}: known are {', '.join(ROUTES)}")
-    if name == "u-net":
-        cells, leaves = _u_net(layers)
-    elif name == "hrnetv2":
-        cells, leaves = _hrnet(layers)
-    elif name == "auto-deeplab":
-        cells, leaves = _chain([AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)])
-    elif name == "fcn-32s":
-        cells, leaves = _chain([4 * layer // layers for layer in range(layers)])
-    else:
-        cells, leaves = _chain([min(4 * layer // layers, 2) for layer in range(layers)])
-        first = layers - layers // 4  # of the layers with three branches
-        if first < layers:
-            cells |= {(layer, s) for layer in range(first, layers) for s in (1, 2, 3)}
-            leaves |= {(first - 1, 2, UP), (first - 1, 2, DOWN)}
-    rows = [[False, True, False]]  # the init node keeps
-    for layer, count in enumerate(nodes_per_layer(layers)):
-        for s in range(count):
-            goes_on = layer == layers - 1 or (layer + 1, s) in cells
-            keeps = (layer, s) in cells and goes_on
-            rows.append([(layer, s, UP) in leaves, keeps, (layer, s, DOWN) in leaves])
-    return torch.tensor(rows)
-
-
-# Each of these returns the cells (layer, scale) of a network, and the paths (layer, scale, path) by which it
-# goes up and down. A cell keeps if the next layer has a cell at its scale.
-
-
-def _chain(wanted: list[int]) -> tuple[set, set]:
-    """One cell per layer, at the scales that are wanted, but no more than one scale away from the last."""
-    cells, leaves, s = {(0, 0)}, set(), 0
-    for layer, scale in enumerate(wanted[1:], 1):
-        after = s + (scale > s) - (scale < s)
-        if after != s:
-            leaves.add((layer - 1, s, after - s + 1))
-        s = after
-        cells.add((layer, s))
-    return cells, leaves
-
-
-def _u_net(layers: int) -> tuple[set, set]:
-    cells, leaves, step = set(), set(), max(1, layers // 8)
-    for s in range(4):
-        first, last = step * s, layers - 1 - step * s
-        cells |= {(layer, s) for layer in range(first, last + 1)}
-        if s and first <= last:
-            leaves |= {(first - 1, s - 1, DOWN), (last, s, UP)}
-    return cells, leaves
-
-
-def _hrnet(layers: int) -> tuple[set, set]:
-    cells, leaves = set(), set()
-    for s in range(4):
-        first = -(-s * layers // 4)  # rounded up
-        cells |= {(layer, s) for layer in range(first, layers)}
-        if s and first < layers:
-            leaves.add((first - 1, s - 1, DOWN))
-            for layer in range(first, layers - 1):
-                if layer % 2:
-                    leaves |= {(layer, s - 1, DOWN), (layer, s, UP)}
-    return cells, leaves
 
 
 # ============ what else it takes ============
@@ -754,16 +636,16 @@ def _count_costs(backbone: Grid, height: int, width: int, count: str) -> Costs:
         if backbone.gate == "small":
             h, w = max(h // 4, 1), max(w // 4, 1)
         gate = conv_cost(c, c // 2, h, w) + norm(c // 2, h, w) + relu(c // 2, h, w)
-        gate += relu(c // 2, h, w) + c // 2 * len(node.paths)  # pooling, and the decision
+        decisions = 0 if node.gate is None else node.gate.decide.out_channels
+        gate += relu(c // 2, h, w) + c // 2 * decisions  # pooling first
         if paper and node is backbone.init:
             cell = gate = 0
-        if backbone.gate is None:
+        if node.gate is None:
             gate = 0
         if paper and node in last:
             path = [0, 0, 0]
         cells.append(cell)
-        paths.append([cost * exists for cost, exists in zip(path, node.exists)])
+        paths.append([cost * exists for cost, exists in zip(path, node.exists())])
         gates.append(gate)
-    budgeted = sum(cells) + sum(map(sum, paths))
     tables = [torch.tensor(costs) for costs in (cells, paths, gates)]
-    return Costs(stem, *tables, every_gate=paper, budgeted=budgeted)
+    return Costs(stem, *tables, every_gate=paper, full=sum(cells) + sum(map(sum, paths)))

@@ -1,15 +1,16 @@
-"""The test suite: `python -m pytest -q test_smoke.py`, two and a half minutes on two cores.
+"""The tests of the ten files: `python -m pytest -q` runs them and those of extras/.
 
-In the order of the paper: routes, cost, losses, K-means, alternation, data, detection, evaluation, resuming.
-Each part opens with its oracle: the same thing written out plainly, which the code has to equal.
+In the order of the paper: routes, cost, losses, K-means, alternation, data, detection, checkpoints,
+evaluation, resuming. Each part opens with its oracle: the same thing written out plainly, which the code has
+to equal.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
 import functools
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -24,17 +25,16 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
@@ -51,6 +51,7 @@ import model
 import routing
 import train_det
 import train_seg
+from extras import shapes
 
 HERE = Path(__file__).resolve().parent
 # The folder of camvid/ and coco-mini/, where there are.
@@ -58,9 +59,10 @@ REAL = Path(os.environ.get("REAL_DATA", HERE.parent / "shared" / "data"))
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other
 torch.set_num_threads(1)
 CPU = model.Process(0, 1, torch.device("cpu"))
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools with NumPy 2
+# Of pycocotools with NumPy 2, and of what `write_coco` writes.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl", "ignore:.*no objects to learn from")
 # Painting takes time: where nothing else is said, shapes are few here.
-data.ShapesDataset.__init__ = functools.partialmethod(data.ShapesDataset.__init__, n_train=60, n_val=20)
+shapes.ShapesDataset.__init__ = functools.partialmethod(shapes.ShapesDataset.__init__, n_train=60, n_val=20)
 # Other processes start as copies of one that has read this file, and finds it by this path.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_smoke"])
@@ -210,22 +212,28 @@ def train_and_evaluate_both(rank):
     for main, command in [
         (train_seg.main, f"{TINY_SEG} {flags} seg"),
         (train_det.main, f"{TINY_DET} --data coco --masks {flags} det"),
-        (evaluate.main, f"runs/det/last.pt {QUIET} --figures figures"),
+        (evaluate.main, f"runs/det/last.pt {QUIET}"),
     ]:
         run(main, command)
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # the old one may still be open
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+@functools.cache
+def run_once():
     """A folder with camvid/, coco/, and what two processes trained: runs/seg and, evaluated too, runs/det."""
-    folder, before = tmp_path_factory.mktemp("trained"), os.getcwd()
+    folder, before = Path(tempfile.mkdtemp()), os.getcwd()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chdir(folder)
     write_camvid()
     write_both_splits_of_coco()
     spawn(train_and_evaluate_both)
     os.chdir(before)
     return folder
+
+
+@pytest.fixture
+def trained():
+    return run_once()
 
 
 # ============ routes ============
@@ -399,7 +407,7 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_reads_no_number(task):
     """Tensors without contents know devices and types, and raise where a number is read off them. What a GPU
     waits for beyond that, such as copies from the host, only a GPU shows."""
     network = model.build_model("divdr-a", task, 3, layers=5, width=8)
-    total, cuda = network.budgeted_cost(64, 128), torch.device("cuda")
+    total, cuda = network.full_cost(64, 128), torch.device("cuda")
     types = []
     for node in network.backbone.all_nodes():
         node.cell.register_forward_pre_hook(lambda cell, inputs: types.append(inputs[0].dtype))
@@ -493,13 +501,13 @@ def test_the_parts_and_the_budget_cost_what_is_published():
     gates = small.real_cost(small.backbone.open_routes(), 1024, 2048)["gates"]
     assert round(gates.item() / 1e6, 3) == 1054.360
     assert round(network.head.cost(1024, 2048, 32, "exact") / 1e6, 3) == 2812.805
-    assert round(network.budgeted_cost(768, 768) / 1e6, 1) == 26891.7
+    assert round(network.full_cost(768, 768) / 1e6, 1) == 26891.7
 
 
 @pytest.mark.parametrize("gate", ["full", "small"])
 @torch.no_grad()
 def test_exact_convolutions_equal_torchs_flop_counter(gate):
-    network = model.RoutedSegmenter(5, layers=5, width=8, gate=gate).eval()
+    network = model.build_model("dr-a", "segmentation", 5, layers=5, width=8, gate=gate).eval()
     backbone = network.backbone
     alphas = random_alphas(8, backbone.num_nodes, 3)
     alphas[0], alphas[1] = 1, 0
@@ -513,24 +521,12 @@ def test_exact_convolutions_equal_torchs_flop_counter(gate):
     routes = backbone.route(torch.randn(8, 3, 64, 96), alpha=(alphas > 0).float())[1]
     real, expected = backbone.real_cost(routes, 64, 96), backbone.expected_cost(routes, 64, 96).double()
     torch.testing.assert_close(expected, (real["cells"] + real["paths"]).double(), rtol=1e-6, atol=0)
-    assert expected[0].item() == pytest.approx(backbone.costs(64, 96).budgeted, rel=1e-6)
-
-
-def test_a_static_network_counts_what_runs():
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5)).eval()
-    multiplied, elements = 27 * 4 * 64 + 4 * 5, 4 * 64  # 10x10 -> 8x8 -> 4x4
-    image = torch.zeros(1, 3, 10, 10)
-    assert model.count_multiply_adds(network, image) == multiplied + 3 * elements + 64 + 64
-    assert model.count_multiply_adds(network, image, elementwise=False) == multiplied
+    assert expected[0].item() == pytest.approx(backbone.costs(64, 96).full, rel=1e-6)
 
 
 def test_the_commands_of_flops_print_what_they_measured(monkeypatch):
     monkeypatch.setattr(flops, "PUBLISHED", flops.PUBLISHED[3:])
-    out = succeeds(flops.main)
-    assert len(re.findall(r"38\.336|33\.110", out)) == 2 and len(re.findall(r"88\.381.* 88\.4", out)) == 2
-    assert re.search(r"PSPNet.* 2036\.823 .* 2017\.6 +\+1\.0 %", out) and "Xception" in out
+    assert len(re.findall(r"38\.336|33\.110", succeeds(flops.main))) == 2
     assert "the budget is a share" in succeeds(flops.main, "--variant divdr-a --size 64 64 --layers 4")
     out = succeeds(flops.main, "kmeans --n 400 --dim 8 --k 2 3 --iters 5 --runs 2")
     assert out.count("kmeans.py") >= 2 and "K = 3" in out
@@ -544,28 +540,6 @@ def test_the_commands_of_flops_print_what_they_measured(monkeypatch):
 
 
 # ============ fixed routes ============
-
-# Each network of eight layers as a drawing: a row per stride, 4 to 32, a column per layer; at every cell the
-# paths that leave it, of up, keep and down. The init node, which keeps, is left out.
-DRAWN = {
-    "fcn-32s": "k d . . . . . ., . . k d . . . ., . . . . k d . ., . . . . . . k k",
-    "deeplabv3": "k d . . . . . ., . . k d . . k k, . . . . k ukd k k, . . . . . . k k",
-    "u-net": "kd k k k k k k k, . kd k k k k u ., . . kd k k u . ., . . . k u . . .",
-    "hrnetv2": "k kd k kd k kd k k, . . k ukd k ukd k k, . . . . k ukd k k, . . . . . . k k",
-    "auto-deeplab": "k d . . . . . ., . . d . . . . ., . . . k k d . k, . . . . . . u .",
-}
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_classic_networks_are_drawn_in_the_routing_space(name):
-    rows = [line.split() for line in DRAWN[name].split(",")]
-    wanted = [[False, True, False]]
-    for layer, count in enumerate([2, 3, 4, 4, 4, 4, 4, 4]):
-        wanted += [[letter in rows[s][layer] for letter in "ukd"] for s in range(count)]
-    assert routing.named_route(name, 8).tolist() == wanted
-    for layers in (3, 4, 5, 11, 16, 33):  # opens no path that is not there, and reaches all its cells
-        route = routing.named_route(name, layers)
-        assert torch.equal(routing.FixedBackbone(route, layers, 2, None).route, route)
 
 
 @pytest.mark.parametrize("gate", ["full", "small"])
@@ -592,7 +566,7 @@ def test_outside_the_route_a_path_is_closed_and_so_is_a_node_left_without_one():
     backbone, images = warmed_backbone(), torch.randn(6, 3, 64, 128).double()
     let_gates_decide(backbone)
     route = random_alphas(1, backbone.num_nodes, 2)[0] > 0
-    route &= torch.tensor([node.exists for node in backbone.all_nodes()])
+    route &= torch.tensor([node.exists() for node in backbone.all_nodes()])
     route[0] = torch.tensor([False, True, True])
     fixed = backbone.cut(route)
     features = fixed(images)
@@ -601,7 +575,7 @@ def test_outside_the_route_a_path_is_closed_and_so_is_a_node_left_without_one():
         for _ in backbone.nodes_per_layer + [0]:  # what is cut in a layer changes what later gates see
             routes = backbone.route(image, skip=False, alpha=alpha)[1]
             alpha = torch.relu(torch.tanh(routes.logits)) * routes.reached[..., None]
-            alpha = alpha * (fixed.route | (alpha <= routing.OPEN))
+            alpha = alpha * (fixed.fixed_route | (alpha <= routing.OPEN))
         wanted = reference_routes(backbone, image, alpha[0])[0]
         for s, feature in enumerate(features):
             expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())
@@ -612,56 +586,27 @@ def test_outside_the_route_a_path_is_closed_and_so_is_a_node_left_without_one():
 def test_a_fixed_network_has_the_weights_that_it_uses_and_costs_what_it_runs():
     network = model.build_model("dr-a", "segmentation", 5, layers=5, width=8)
     route = random_alphas(1, network.backbone.num_nodes, 7)[0] > 0
-    route &= torch.tensor([node.exists for node in network.backbone.all_nodes()])
+    route &= torch.tensor([node.exists() for node in network.backbone.all_nodes()])
     route[0, routing.KEEP :] = True
     gateless = model.build_model("fixed-route", "segmentation", 5, layers=5, width=8, route=route.tolist())
     for fixed in (network.cut(route), gateless):
         fixed.train()(torch.randn(2, 3, 64, 96)).logits.square().mean().backward()
         assert not [name for name, weight in fixed.named_parameters() if weight.grad is None]
         assert len(list(fixed.parameters())) < len(list(network.parameters()))
-        counted = model.count_multiply_adds(fixed.eval(), torch.zeros(1, 3, 90, 120), elementwise=False)
-        assert counted == sum(fixed.real_cost(None, 90, 120, "conv").values()).item()
-        opened = fixed.backbone.route[None]
-        routed = network.real_cost(routing.Routes(opened, opened.float(), opened.any(-1), []), 90, 120)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fixed.eval()(torch.zeros(1, 3, 90, 120))
+        assert counter.get_total_flops() == 2 * sum(fixed.real_cost(None, 90, 120, "conv").values()).item()
+        opened = fixed.backbone.fixed_route[None]
+        routed = network.real_cost(routing.Routes(opened, opened.float(), opened.any(-1)), 90, 120)
         for part in ("stem", "cells", "paths"):
             assert routed[part].item() == fixed.real_cost(None, 90, 120)[part].item()
 
 
-@torch.no_grad()
-def test_without_gates_every_alpha_is_1():
-    backbone, image = warmed_backbone(), torch.randn(1, 3, 64, 128).double()
-    for name in routing.ROUTES:
-        route = routing.named_route(name, 6)
-        fixed = routing.FixedBackbone(route, 6, 8, gate=None).double().eval()
-        fixed.load_state_dict({name: backbone.state_dict()[name] for name in fixed.state_dict()})
-        wanted = reference_routes(backbone, image, route.double())[0]
-        assert not parts_of(fixed, routing.Gate)
-        for s, feature in enumerate(fixed(image)):
-            expected = wanted.get(s, torch.zeros(1, 1, 1, 1).double())
-            torch.testing.assert_close(feature, expected.expand_as(feature), atol=1e-10, rtol=0)
-            assert fixed.filled[s] == bool(feature.any())
-
-
 def test_routes_of_another_grid_are_refused():
-    route = routing.named_route("u-net", 5)
+    route = torch.zeros(19, 3, dtype=torch.bool)
     refuses(lambda: routing.FixedBackbone(route, 6, 4, "small"), "route of shape", "(22, 3)")
     route[1, routing.UP] = True
-    refuses(lambda: routing.FixedBackbone(route, 5, 4, "small"), "row 1", "does not have")
-    refuses(lambda: routing.named_route("v-net"), "fcn-32s")
-    Path("a.json").write_text(json.dumps({"routes": {"one": [[0, 1, 1]] * 18, "two": [[1, 1, 1]]}}))
-    Path("b.json").write_text("[1]")
-    Path("c.json").write_text(json.dumps({"routes": {"one": [[0.5, 1, 1]] * 18}}))
-    for text, word in [
-        ("v-net", "hrnetv2"), ("a.json", "a.json:one"), ("a.json:three", "a.json:two"), ("b.json", "no json"),
-        ("c.json:one", "no json"), ("a.json:one", "--layers"), ("a.json:two", "--layers"),
-    ]:
-        refuses(lambda: model.read_route(text, 6), f"--route {text.split(':')[0]}", word)
-    assert model.read_route("a.json:one", 5).tolist() == [[False, True, True]] * 18
-    for flags, word in [
-        ("--route u-net --variant dr-a", "without gates"), ("--variant fixed-route", "--route"),
-        ("--route u-net --gate full", "--gate"), ("--route u-net --k 3", "--k"), ("--route v-net", "v-net"),
-    ]:
-        refuses(lambda: run(train_seg.main, "--dataset shapes", QUIET, flags), word)
+    refuses(lambda: routing.FixedBackbone(route[:18], 5, 4, "small"), "row 1", "does not have")
 
 
 # ============ losses ============
@@ -692,6 +637,10 @@ def test_the_clustering_loss_is_equation_2(B, K, D, sigma2, margin):
     own = torch.randint(-1, K, (B,), generator=g)  # -1: of no cluster yet
     want = clustering_loss_by_hand(A, centers, sigma2, margin, own.tolist())
     assert losses.clustering_loss(A, centers, sigma2, margin, own).item() == pytest.approx(want, rel=1e-12)
+    each = losses.clustering_loss(A, centers, sigma2, margin, own, reduction="none")  # 0 beyond the margin
+    for b, loss in enumerate(each.tolist()):
+        want = clustering_loss_by_hand(A[b : b + 1], centers, sigma2, margin, own[b : b + 1].tolist())
+        assert loss == pytest.approx(want, rel=1e-12)
 
 
 def test_the_gradient_of_the_clustering_loss_is_right_on_centres_too():
@@ -874,38 +823,6 @@ def test_inter_and_intra_are_mean_distances_over_pairs_and_tell_a_collapse():
     assert "one architecture" in kmeans.describe_collapse([5, 7], 0.05, 1.0)
 
 
-def test_agreement_with_known_subsets_is_matched_and_adjusted_for_chance():
-    truth = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    assert kmeans.agreement((truth + 1) % 3, truth)[:2] == (1.0, 1.0)
-    labels = torch.tensor([1, 1, 0, 0, 0, 0, 2, 2, 1])
-    accuracy, rand, table, match = kmeans.agreement(labels, truth)
-    assert accuracy == pytest.approx(7 / 9) and match == [1, 0, 2]
-    assert table.tolist() == [[1, 2, 0], [3, 0, 0], [0, 1, 2]]
-    # Hubert and Arabie's index from its definition: pairs in one part, against chance.
-    a, b = ((x[:, None] == x).triu(1) for x in (labels, truth))
-    both, mean = (a & b).sum().item(), (a.sum() + b.sum()).item() / 2
-    expected = (a.sum() * b.sum()).item() / 36
-    assert rand == pytest.approx((both - expected) / (mean - expected))
-    accuracy, _, table, _ = kmeans.agreement(torch.arange(9) + 1, truth)  # more clusters than subsets
-    assert accuracy == pytest.approx(3 / 9) and table.shape == (3, 10)
-    accuracy, rand, _, match = kmeans.agreement(0 * truth, truth)  # one expert took all
-    assert (accuracy, rand, match.count(-1)) == (pytest.approx(1 / 3), 0.0, 2)
-
-
-@pytest.mark.parametrize("rows, columns", [(1, 4), (3, 3), (3, 6), (5, 4), (6, 6)])
-def test_the_best_matching_is_the_best_of_all(rows, columns):
-    rng = np.random.default_rng(rows)
-    for _ in range(20):
-        table = rng.integers(0, 9, (rows, columns)) * rng.integers(0, 2, (rows, columns))
-        match = kmeans._best_matching(table.tolist())
-        used = [column for column in match if column >= 0]
-        assert len(match) == rows and len(used) == len(set(used)) == min(rows, columns)
-        wide = np.pad(table, ((0, 0), (0, max(0, rows - columns))))  # columns that nobody wants
-        ways = itertools.permutations(range(wide.shape[1]), rows)
-        best = max(wide[range(rows), list(way)].sum() for way in ways)
-        assert sum(table[row, column] for row, column in enumerate(match) if column >= 0) == best
-
-
 # ============ the bank ============
 
 
@@ -967,10 +884,10 @@ def test_the_bank_clusters_in_a_metric_and_by_known_subsets():
     A, metric = torch.from_numpy(np.stack(columns, 1)).float(), torch.diag(torch.tensor([0.01, 1.0]))
     bank = kmeans.ActivationBank(200, 2)
     bank.update(torch.arange(200), A)
-    accuracy = kmeans.agreement(bank.cluster(2).labels, truth)[0]
+    accuracy = shapes.agreement(bank.cluster(2).labels, truth)[0]
     bank.clusters = None
     weighted = bank.cluster(2, metric=metric)
-    assert accuracy < 0.75 and kmeans.agreement(weighted.nearest(A)[0], truth)[0] == 1
+    assert accuracy < 0.75 and shapes.agreement(weighted.nearest(A)[0], truth)[0] == 1
     means = torch.stack([A[truth == 0].mean(0), A[truth == 1].mean(0)])  # in the units of A
     centers = weighted.centers[weighted.centers[:, 1].argsort()]
     torch.testing.assert_close(centers, means, atol=1e-5, rtol=1e-5)
@@ -999,15 +916,15 @@ def test_what_views_of_one_image_differ_by_counts_little_in_the_metric():
 
     bank, truth = kmeans.ActivationBank(300, 6), torch.from_numpy(kinds)
     assert bank.view_metric() is None
-    bank.compare(torch.ones(300, 6), torch.ones(300, 6))
+    bank.update_views(torch.ones(300, 6), torch.ones(300, 6))
     assert bank.view_metric() is None  # nothing differs
     one = views()
     bank.update(torch.arange(300), one)
-    assert kmeans.agreement(bank.cluster(2).labels, truth)[0] < 0.7
+    assert shapes.agreement(bank.cluster(2).labels, truth)[0] < 0.7
     within, between = np.zeros((6, 6)), np.zeros((6, 6))
     for call in range(2, 7):
         first, second = views(), views()
-        bank.compare(first, second, momentum=0.7)
+        bank.update_views(first, second, momentum=0.7)
         first, second = first.double().numpy(), second.double().numpy()
         weight = max(0.3, 1 / call)
         within += weight * (np.cov((first - second).T, bias=True) / 2 - within)
@@ -1021,8 +938,8 @@ def test_what_views_of_one_image_differ_by_counts_little_in_the_metric():
     weighted = np.linalg.inv(root).T @ axes * (signal.clip(0) / (signal.clip(0) + 1))
     np.testing.assert_allclose((metric @ metric.T).numpy(), weighted @ weighted.T, rtol=1e-3, atol=1e-3)
     clusters = bank.cluster(2, metric=metric)
-    assert kmeans.agreement(clusters.labels, truth)[0] == 1
-    assert kmeans.agreement(clusters.nearest(views())[0], truth)[0] == 1
+    assert shapes.agreement(clusters.labels, truth)[0] == 1
+    assert shapes.agreement(clusters.nearest(views())[0], truth)[0] == 1
     for k in range(2):  # in the units of A
         torch.testing.assert_close(clusters.centers[k], one[clusters.labels == k].mean(0))
     other = kmeans.ActivationBank(300, 6)
@@ -1064,7 +981,7 @@ def gradients_of_a_global_batch(process):
     out = distributed(images[mine])
     cost = train_seg.mean_over_ranks(out.cost, process.world)
     loss = train_seg.segmentation_loss(out.logits, masks[mine], process.world)
-    loss = loss + losses.cost_loss(cost, network.budgeted_cost(64, 64), 0.1)
+    loss = loss + losses.cost_loss(cost, network.full_cost(64, 64), 0.1)
     loss = loss + losses.clustering_loss(out.A, centers, 0.5, 5.0)
     loss.backward()
     return {name: parameter.grad for name, parameter in network.named_parameters()}
@@ -1108,33 +1025,38 @@ def test_two_processes_have_one_bank_one_clustering_and_the_gradients_of_the_who
 # ============ the alternation ============
 
 
+def resolved(script, *flags, weights=None):
+    """The settings of a command, all filled in."""
+    config = script.settings(list(flags))
+    recipe = script.RECIPES.get(config.dataset, script.RECIPES.get("camvid"))
+    train_seg.resolve(config, CPU, recipe, None, weights)
+    return config
+
+
 def test_variants_are_the_methods_table():
     for name, row in {
         "dr-a": (0.8, 0.1, 0, "small"), "dr-b": (0.5, 0.1, 0, "small"), "dr-c": (0.5, 0.2, 0, "small"),
         "dr-raw": (0, 0, 0, "small"), "divdr-a": (0.8, 0.1, 0.1, "small"),
         "divdr-raw": (0, 0, 0.1, "small"),
     }.items():
-        config = train_seg.settings(["--variant", name])
+        config = resolved(train_seg, "--variant", name)
         assert (config.lambda1, config.budget, config.lambda2, config.gate) == row
         assert (config.metric, config.activations, config.bank_age) == ("views", "bank", 2000)
         assert (config.k, config.margin, config.kmeans_every) == (4, 5.0, 50)
-        assert (config.iters, config.batch, config.crop) == (180_000, 8, 768)
+        assert (config.iters, config.batch, config.crop, config.lr) == (180_000, 8, 768, 0.05)
         assert (config.warmup, config.clip) == (1000, 5.0)
-    config = train_seg.settings("--dataset shapes --subsets 2 --lr 0.3".split())
+    config = resolved(train_seg, *"--dataset shapes --subsets 2 --lr 0.3".split())
     assert (config.k, config.lr, config.lambda2, config.metric, config.layers) == (2, 0.3, 0.1, "views", 4)
-    assert train_seg.settings("--dataset shapes --oracle".split()).metric == "plain"
-    assert train_seg.settings("--dataset shapes --variant dr-a".split()).lambda2 == 0
-    det = train_det.settings(["--variant", "dr-raw"])
-    assert (det.gate, det.layers, det.batch) == ("full", 17, 16)
-    assert train_det.settings(["--variant", "r50-fpn"]).clip == 0  # its reference clips nothing
-    assert train_det.settings(["--dataset", "shapes"]).lambda2 == 0.1
-    assert (train_seg.RECIPES["cityscapes"]["lr"], train_det.RECIPES["coco"]["lr"]) == (0.05, 0.02)
-    network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
-    shapes = data.segmentation_dataset("shapes", None, "train", True)
-    for flags, age in (([], 2000), (["--bank-age", "7"], 7), (["--activations", "recompute"], None)):
-        config = train_seg.settings(["--dataset", "shapes", *flags])
-        assert train_seg.make_bank(network, config, shapes, torch.device("cpu")).age == age
+    assert resolved(train_seg, *"--dataset shapes --oracle".split()).metric == "plain"
+    det = resolved(train_det, "--variant", "dr-raw")
+    assert (det.gate, det.layers, det.batch, det.lr, det.k) == ("full", 17, 16, 0.02, 4)
     assert (det.iters, det.lr_steps) == (90_000, [60_000, 80_000])
+    assert resolved(train_det, "--variant", "r50-fpn").clip == 0  # its reference clips nothing
+    network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
+    images = data.segmentation_dataset("shapes", None, "train", True)
+    for flags, age in (([], 2000), (["--bank-age", "7"], 7), (["--activations", "recompute"], None)):
+        config = resolved(train_seg, "--dataset", "shapes", *flags)
+        assert train_seg.make_bank(network, config, images, torch.device("cpu")).age == age
 
 
 def test_runs_of_both_tasks_have_folders_of_their_own():
@@ -1144,29 +1066,17 @@ def test_runs_of_both_tasks_have_folders_of_their_own():
     assert names == ["shapes-divdr-a-seed3", "shapes-boxes-divdr-a-seed3", "shapes-masks-divdr-a-seed3"]
 
 
-def test_norm_weights_have_no_weight_decay():
-    config = train_seg.settings(["--lr", "0.1", "--gate-lr", "1"])
-    network = model.build_model("dr-a", "segmentation", 3, layers=4, width=4)
-    decayed, free = train_seg.make_optimizer(network, config).param_groups
-    norms = {weight for norm in parts_of(network, torch.nn.BatchNorm2d) for weight in norm.parameters()}
-    assert set(free["params"]) == norms and (free["weight_decay"], decayed["weight_decay"]) == (0, 1e-4)
-    assert len(decayed["params"]) + len(norms) == len(list(network.parameters()))
-
-
 def test_learning_rates_depend_on_whether_init_starts_the_gates():
-    size = dict(layers=4, width=8, gate=None)
-    args = dict(variant="dr-a", task="segmentation", num_classes=11, **size)
-    for flags, without, lr, gate_lr in [
-        ("", None, 0.05, 1), ("--init file.pth", [], 0.05, 1), ("--init file.pth", ["gate_conv"], 0.02, 2.5),
-        ("--init file.pth --lr 0.3 --gate-lr 2", ["gate_conv"], 0.3, 2),
+    network = model.build_model("dr-a", "segmentation", 11, layers=4, width=8)
+    whole = network.state_dict()
+    without = {name: weight for name, weight in whole.items() if ".gate." not in name}
+    for flags, weights, lr, gate_lr in [
+        ("", None, 0.05, 1), ("--init f", whole, 0.05, 1), ("--init f", without, 0.02, 2.5),
+        ("--init f --lr 0.3 --gate-lr 2", without, 0.3, 2),
     ]:
-        if without is not None:
-            published_file("file.pth", classes=11, without=without)
-        config = train_seg.settings(flags.split())
-        network = train_seg.make_model(args, config, CPU, None, lr=0.05)
-        optimizer = train_seg.make_optimizer(network, config)
+        config = resolved(train_seg, *flags.split(), weights=weights)
+        optimizer, rates = train_seg.make_optimizer(network, config), {}
         assert (config.lr, config.gate_lr) == (lr, gate_lr)
-        rates = {}
         for group in optimizer.param_groups:
             rates |= dict.fromkeys(group["params"], (group["lr"], group["weight_decay"]))
         gates = {weight for gate in parts_of(network, routing.Gate) for weight in gate.parameters()}
@@ -1175,46 +1085,6 @@ def test_learning_rates_depend_on_whether_init_starts_the_gates():
             decay = 0 if weight in norms else 1e-4
             assert rates.pop(weight) == (pytest.approx(lr * (gate_lr if weight in gates else 1)), decay)
         assert not rates
-
-
-@pytest.mark.parametrize("space", ["alpha", "logit"])
-def test_the_log_tells_what_each_term_does_to_A(space):
-    """Against the same losses of alphas that are given, not decided."""
-    torch.manual_seed(0)
-    network = model.build_model("divdr-a", "segmentation", 3, layers=4, width=8)
-    backbone, images = network.backbone, torch.randn(5, 3, 64, 64)
-    let_gates_decide(network)
-    for gate in parts_of(network, routing.Gate):  # the task reaches A(x) by the weights of paths alone
-        gate.register_forward_pre_hook(lambda gate, inputs: inputs[0].detach())
-    features, routes = backbone.route(images)
-    clustered = routes.activations(space).detach()
-    centers = clustered[:2] + 0.3 * torch.rand(2, network.dim)
-    far = [losses.clustering_loss(gates[None], centers, 0.5, 100.0).item() for gates in clustered]
-    margin = 100 - sorted(far)[2] + 0.01  # of the five images two are beyond it
-
-    def terms(features, routes, gates):
-        return {
-            "task": sum(feature.square().mean() for feature in features),
-            "cost": 0.8 * losses.cost_loss(backbone.expected_cost(routes, 64, 64), 1e5, 0.1),
-            "clustering": 0.1 * losses.clustering_loss(gates, centers, 0.5, margin)}
-
-    found = terms(features, routes, routes.activations(space))
-    logged = train_seg.gate_gradients(found, routes, space, compiled=False)
-    logged = {name: value.item() for name, value in logged.items()}
-    assert train_seg.gate_gradients(found, routes, space, True).keys() == {
-        "A_gradient_clustering", "hinge_active"}
-    alphas = routes.alpha.detach().requires_grad_()
-    given = backbone.route(images, alpha=alphas)
-    logits = clustered.clone().requires_grad_()
-    for name, term in terms(*given, given[1].A if space == "alpha" else logits).items():
-        if name == "clustering" and space == "logit":
-            gradient = torch.autograd.grad(term, logits)[0]
-        else:
-            gradient = torch.autograd.grad(term, alphas, retain_graph=True)[0] * (alphas > routing.OPEN)
-            gradient = gradient[:, 1:].flatten(1)
-        norms = 5 * gradient.norm(dim=1)
-        assert logged.pop(f"A_gradient_{name}") == pytest.approx(norms.mean().item(), rel=1e-4)
-    assert logged == {"hinge_active": pytest.approx(3 / 5)}
 
 
 def test_the_segmentation_loss_ignores_255_and_survives_crops_without_labels():
@@ -1243,7 +1113,7 @@ def test_batch_norm_is_reestimated_as_plain_averages():
 
 def test_a_node_that_nothing_reached_is_as_new_after_batch_norm_is_reestimated():
     torch.manual_seed(0)
-    network = model.RoutedSegmenter(3, layers=5, width=4, gate="full")
+    network = model.build_model("dr-a", "segmentation", 3, layers=5, width=4, gate="full")
     for norm in parts_of(network, torch.nn.BatchNorm2d):
         torch.nn.init.normal_(norm.bias, std=0.2)
     for layer in [[network.backbone.init], *network.backbone.layers]:  # stride 4 is closed: nothing goes down
@@ -1270,12 +1140,7 @@ def test_recomputing_leaves_nothing_of_old_activations():
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
 
 
-def test_compiling_is_for_one_process():
-    config, two = train_seg.settings(["--compile"]), model.Process(0, 2, torch.device("cpu"))
-    refuses(lambda: train_seg.settle(config, two), "--compile", "one process")
-
-
-@pytest.mark.parametrize("script, flags, words", [
+BAD = [  # script, flags, words of the one line
     (train_seg, "--k 1", "--k"), (train_seg, "--crop 100", "--crop"), (train_seg, "--lr nan", "--lr"),
     (train_seg, "--dataset shapes --k 5000", "--k"), (train_seg, "--dataset shapes --batch 1", "--batch"),
     (train_seg, "--data nowhere", "nowhere gtFine/train cityscapes-dataset.com --dataset shapes"),
@@ -1289,13 +1154,33 @@ def test_compiling_is_for_one_process():
     (train_det, "--variant r50-fpn --gate-lr 2", "--gate-lr r50-fpn"),
     (train_seg, "--variant pspnet-r101 --margin 3", "--margin pspnet-r101"),
     (train_seg, "--route u-net --budget 0.2", "--budget fixed-route"),
+    (train_seg, "--route u-net --k 3", "--k fixed-route"),
+    (train_seg, "--dataset shapes --route v-net", "hrnetv2"),
+    (train_seg, "--dataset shapes --route u-net --variant dr-a", "without gates"),
+    (train_seg, "--dataset shapes --variant fixed-route", "--route"),
+    (train_seg, "--dataset shapes --route u-net --gate full", "--gate"),
+    (train_seg, "--dataset folder", "--dataset folder"),
+    (train_seg, "--dataset folder --train-images x", "--data"),
+    (train_seg, "--dataset camvid --train-images x", "--train-images"),
     (train_det, "--variant deeplabv3-r101", "r50-fpn"), (train_det, "--dataset shapes --limit 4", "--batch"),
     (train_det, "--dataset shapes --train-json a.json", "a.json"), (flops, "kmeans --n 3 --k 4", "--n"),
-    (flops, "--size 64 64", "--size --variant"),
-    (flops, "speed --openness 0.05 --size 64 64 --batch 1 --layers 4", "--openness stem")])
+    (flops, "--size 64 64", "--size --variant"), (evaluate, "none.pt", "none.pt no such file"),
+    (flops, "speed --openness 0.05 --size 64 64 --batch 1 --layers 4", "--openness stem"),
+    (evaluate, "a.pt b.pt --image x", "--image"), (evaluate, "a.pt --labels x", "--labels --images"),
+    (evaluate, "a.pt --experts c --image x", "--image"), (evaluate, "a.pt --keep 0.1", "--keep --experts"),
+    (evaluate, "a.pt --onnx", "--onnx --experts"), (evaluate, "a.pt --limit 0", "--limit")]
+
+
+@pytest.mark.parametrize("script, flags, words", BAD)
 def test_settings_that_cannot_work_end_in_one_line(script, flags, words):
     refuses(lambda: run(script.main, flags), *words.split())
     assert not os.listdir()
+
+
+def test_settings_that_need_another_device_or_process_are_refused():
+    config = train_seg.settings(["--compile"])
+    two = model.Process(0, 2, torch.device("cpu"))
+    refuses(lambda: train_seg.resolve(config, two, train_seg.RECIPES["cityscapes"], None, None), "--compile")
 
 
 def test_two_processes_train_and_every_sample_enters_the_bank(trained):
@@ -1315,15 +1200,13 @@ def test_two_processes_train_and_every_sample_enters_the_bank(trained):
         last = events(folder, "train")[-1]
         assert {f"loss_{term}" for term in terms[name] | {"cost", "clustering"}} <= last.keys()
         assert {"gflops_expected", "lr", "gradient_norm"} <= last.keys() and last["gflops_real"] > 0
-        assert 0 <= last["hinge_active"] <= 1 and last["A_gradient_task"] > 0
-        assert {"A_gradient_cost", "A_gradient_clustering"} <= last.keys()
+        assert 0 <= last["hinge_active"] <= 1
     assert (checkpoint["classes"], checkpoint["category_ids"]) == (["dark", "bright"], [3, 7])
 
 
 OWN = "coco/annotations/instances_train2017.json"
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 @pytest.mark.parametrize("script, flags", [
     (train_seg, f"{TINY_SEG} --variant divdr-raw --activations recompute --kmeans-anneal 4"),
     (train_seg, f"{TINY_SEG} --variant divdr-raw --gate-space logit"),
@@ -1349,31 +1232,6 @@ def test_one_process_trains_with(script, flags, monkeypatch):
     assert iterations(Path("runs/run"), "evaluation") == [9]
 
 
-def test_shapes_end_with_the_recovered_subsets_and_the_oracles_centres():
-    flags = "--dataset shapes --size 32 --width 8 --iters 6 --kmeans-every 2 --oracle"
-    out = succeeds(train_seg.main, flags, "--bn-batches 2 --name s", QUIET)
-    metrics = read_json("runs/s/metrics.json")
-    subsets = metrics["subsets"]["subset"]
-    assert "recovered subsets" in out and list(subsets) == ["large", "tiny"] and metrics["k"] == 2
-    network, checkpoint = model.load_checkpoint("runs/s/last.pt")
-    parts = network.real_cost(network.backbone.open_routes(), 32, 32)
-    rest = (parts["stem"] + parts["gates"] + parts["head"]).item() / 1e9
-    most = network.backbone.costs(32, 32).path[0].sum().item() / 1e9
-    for row in subsets.values():  # what ran at the strides, and stem, gates and head, is what the whole cost
-        assert sum(row["experts"]) == 10
-        init = row["gflops"] - rest - sum(row["gflops_by_stride"].values())
-        assert -1e-9 <= init <= most + 1e-9
-    older = torch.load("runs/s/last.pt", weights_only=True)
-    older["config"]["hard"] = False  # what shapes were then is gone
-    torch.save(older, "older.pt")
-    refuses(lambda: run(evaluate.main, "older.pt", QUIET), "older.pt", "earlier version")
-    subset = data.segmentation_dataset("shapes", None, "train", False, size=32).subset
-    bank = checkpoint["bank"]
-    for k in range(2):
-        mine = bank["values"][(bank["seen_at"] > 0) & (subset == k)]
-        torch.testing.assert_close(bank["clusters"]["centers"][k], mine.mean(0), atol=1e-5, rtol=1e-5)
-
-
 def test_a_diverging_run_stops_before_something_broken_is_saved():
     flags = "--dataset shapes --size 32 --width 4 --iters 20 --warmup 0 --lr 1e8 --clip 1e8 --variant dr-raw"
     with pytest.raises(SystemExit, match="2"), contextlib.redirect_stderr(io.StringIO()) as error:
@@ -1386,181 +1244,6 @@ def test_a_diverging_run_stops_before_something_broken_is_saved():
     assert checkpoint["iteration"] == int(re.search(r"iteration (\d+):", error)[1]) - 1
     assert all(p.isfinite().all() for p in network.parameters())
     assert "NaN" not in Path("runs/run/log.jsonl").read_text()
-
-
-def test_a_static_baseline_runs_through_the_same_loop(monkeypatch):
-    """A smaller one of torchvision's, whose checkpoints take less time to write."""
-    smaller = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large
-    monkeypatch.setattr(model, "deeplabv3_resnet101", smaller)
-    write_camvid(count=2)
-    flags = "--dataset camvid --data camvid --crop 64 --short-sides 64 --batch 2 --iters 1 --bn-batches 1"
-    backbone = smaller(weights=None, weights_backbone=None, num_classes=3).backbone
-    torch.save(backbone.state_dict(), "backbone.pth")
-    out = succeeds(train_seg.main, flags, "--variant deeplabv3-r101 --init backbone.pth --name static", QUIET)
-    assert f"{len(without_counters(backbone.state_dict()))} tensors matched, 0 missing" in out
-    config = read_json("runs/static/config.json")
-    assert (config["lr"], config["clip"]) == (0.02, 0)
-    figures = []  # without gates there are three
-    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.append((name, figure)))
-    succeeds(evaluate.main, "runs/static/last.pt --figures drawn --format latex", QUIET)
-    drawn = {name for name, figure in figures if figure}
-    assert drawn == {"predictions-static", "training-static", "trade-off"}
-    metrics = read_json("runs/static/metrics.json")
-    assert list(metrics["gflops"]) == ["paper", "exact"] and "inter" not in metrics
-
-
-OTHER_PAPERS = ("bisenet-r18", "semantic-fpn-r101", "pspnet-r101")
-
-
-@pytest.fixture
-def shallow_resnets(monkeypatch):
-    """One block per stage: as wide, but quick to run and to write."""
-    blocks = torchvision.models.resnet
-    for name, block in (("resnet18", blocks.BasicBlock), ("resnet101", blocks.Bottleneck)):
-        monkeypatch.setattr(model, name, functools.partial(shallow_resnet, block))
-
-
-def shallow_resnet(block, weights, **options):
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], **options)
-
-
-def logits_of_another_paper(variant, images, network):
-    """The networks once more, function by function, from the maps of their ResNet, in evaluation."""
-    weights, maps = network.state_dict(), [*network.backbone(images).values()]
-
-    def conv(x, name, activation=F.relu, stride=1):
-        """A convolution without bias, NAME.0, batch norm, NAME.1, and an activation."""
-        w = weights[f"{name}.0.weight"]
-        norm = [weights[f"{name}.1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        mean, variance, scale, bias = (values[:, None, None] for values in norm)
-        x = F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
-        return activation((x - mean) / (variance + 1e-5).sqrt() * scale + bias)
-
-    def plain(x, name):
-        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def at(x, like):
-        return F.interpolate(x, like.shape[2:], mode="bilinear")
-
-    if variant == "pspnet-r101":
-        x = maps[3]
-        pooled = [conv(F.adaptive_avg_pool2d(x, b), f"pools.{i}.1") for i, b in enumerate((1, 2, 3, 6))]
-        y = conv(torch.cat([x, *(at(p, x) for p in pooled)], 1), "predictor.0")
-        return at(plain(y, "predictor.2"), images)
-    if variant == "semantic-fpn-r101":
-        total = 0
-        pyramid = network.pyramid(dict(enumerate(maps)))
-        for level in range(4):
-            x = pyramid[level]
-            for i in range(max(level, 1)):
-                name = f"branches.{level}.{i}"
-                x = F.conv2d(x, weights[f"{name}.0.weight"], padding=1)
-                x = F.group_norm(x, 32, weights[f"{name}.1.weight"], weights[f"{name}.1.bias"]).relu()
-                if level:
-                    x = F.interpolate(x, scale_factor=2, mode="bilinear")
-            total = total + x
-        return F.interpolate(plain(total, "predictor"), scale_factor=4, mode="bilinear")
-    y = conv(maps[3].mean((2, 3), keepdim=True), "context.1")
-    for i, stage in enumerate((3, 2)):
-        x = conv(maps[stage], f"attend.{i}.conv")
-        x = x * conv(x.mean((2, 3), keepdim=True), f"attend.{i}.weight.1", torch.sigmoid)
-        y = conv(at(x + y, maps[stage - 1]), f"refine.{i}")
-    x = images
-    for i, stride in enumerate((2, 2, 2, 1)):
-        x = conv(x, f"spatial.{i}", stride=stride)
-    y = conv(torch.cat([x, y], 1), "fuse")
-    y = y + y * plain(plain(y.mean((2, 3), keepdim=True), "select.fc1").relu(), "select.fc2").sigmoid()
-    return at(plain(conv(y, "predictor.0"), "predictor.1"), images)
-
-
-@pytest.mark.parametrize("variant", OTHER_PAPERS)
-def test_the_networks_of_other_papers_compute_what_these_say(variant, shallow_resnets):
-    network = model.build_model(variant, "segmentation", 3).network
-    network.train()(torch.randn(4, 3, 64, 96))  # running statistics
-    network.eval().double()
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    logits = network(images)["out"]
-    torch.testing.assert_close(logits, logits_of_another_paper(variant, images, network))
-    sizes = [tuple(x.shape[1:]) for x in network.backbone(images).values()]
-    strides = [64 // height for _, height, _ in sizes]
-    assert strides == ([4, 8, 8, 8] if variant == "pspnet-r101" else [4, 8, 16, 32])
-    assert network(images[..., :50, :70])["out"].shape == (2, 3, 50, 70)
-
-
-def multiply_adds_without_padding(network, height, width):
-    """Those of convolutions, but for the products with the zeros around a map."""
-    total = 0
-
-    def valid_taps(conv, dim, length, out):
-        """Of all (output, tap) along height or width, those that read the map."""
-        at = torch.arange(out)[:, None] * conv.stride[dim] - conv.padding[dim]
-        at = at + torch.arange(conv.kernel_size[dim]) * conv.dilation[dim]
-        return ((at >= 0) & (at < length)).sum().item()
-
-    def add(conv, inputs, output):
-        nonlocal total
-        taps = [valid_taps(conv, dim, inputs[0].shape[2 + dim], output.shape[2 + dim]) for dim in (0, 1)]
-        total += conv.weight.shape[0] * conv.weight.shape[1] * math.prod(taps)
-
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(add)
-    network(torch.empty(1, 3, height, width, device="meta"))
-    return total
-
-
-def test_without_padding_the_networks_of_other_papers_cost_what_others_counted():
-    """Within 5 %, also DeepLabV3 and BiSeNet; the README has the numbers."""
-    expected = {"bisenet-r18": 102.6, "deeplabv3-r101": 1833.4}
-    expected |= {"semantic-fpn-r101": 504.1, "pspnet-r101": 2019.0}
-    for row in csv.DictReader((HERE / "assets" / "published.csv").open()):
-        if row["variant"] in expected:
-            with torch.device("meta"):
-                network = model.NETWORKS[row["variant"]](19).eval()
-            cost = multiply_adds_without_padding(network, 1024, 2048) / 1e9
-            assert round(cost, 1) == expected.pop(row["variant"])
-            assert cost == pytest.approx(float(row["gflops"]), rel=0.05)
-    assert not expected
-
-
-def test_the_networks_of_other_papers_cost_what_others_counted():
-    far = {"bisenet-r18": 1.055, "deeplabv3-r101": 1.085}  # the README says what makes the difference
-    rows = [row for row in csv.DictReader((HERE / "assets" / "published.csv").open()) if row["variant"]]
-    assert {row["variant"] for row in rows} == {*OTHER_PAPERS, "deeplabv3-r101", "r50-fpn"}
-    for row in rows:
-        task, classes, size = "detection", 80, (800, 800)
-        if row["measure"] == "mIoU":
-            task, classes, size = "segmentation", 19, (1024, 2048)
-        network = model.build_model(row["variant"], task, classes)
-        ratio = network.real_cost(None, *size, "paper")["network"].item() / 1e9 / float(row["gflops"])
-        if row["variant"] in far:
-            assert ratio == pytest.approx(far[row["variant"]], abs=0.001)
-        else:
-            assert ratio == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("variant", OTHER_PAPERS)
-def test_the_networks_of_other_papers_run_through_the_same_loop(variant, shallow_resnets):
-    write_camvid(count=4, size=(50, 70))  # no multiples of any stride
-    flags = "--dataset camvid --data camvid --crop 64 --short-sides 64 --batch 2 --iters 3 --bn-batches 1"
-    resnet = (model.resnet18 if variant == "bisenet-r18" else model.resnet101)(weights=None)
-    torch.save(resnet.state_dict(), "resnet.pth")
-    out = succeeds(train_seg.main, flags, f"--variant {variant} --init resnet.pth --name static", QUIET)
-    count = len(without_counters(resnet.state_dict())) - 2
-    assert f"{count} tensors matched, 0 missing, 2 left over (fc.weight" in out
-    trained = model.load_checkpoint("runs/static/last.pt")[0].network
-    for name, weight in resnet.named_parameters():
-        assert name.startswith("fc.") or not torch.equal(weight, trained.backbone.get_parameter(name))
-    wanted = "ResNet-18" if variant == "bisenet-r18" else "ResNet-101"
-    torch.save(resnet.state_dict() | {"layer1.1.conv1.weight": torch.zeros(1)}, "deeper.pth")
-    torch.save({0: torch.zeros(1)} | resnet.state_dict(), "numbered.pth")
-    for file in ("runs/static/last.pt", "deeper.pth", "numbered.pth"):
-        other = f"--variant {variant} --name other --init {file}"
-        refuses(lambda: run(train_seg.main, flags, other, QUIET), wanted)
-    succeeds(evaluate.main, "runs/static/last.pt", QUIET)
-    metrics, whole = read_json("runs/static/metrics.json"), model.build_model(variant, "segmentation", 11)
-    cost = whole.real_cost(None, 50, 70, "exact")["network"].item() / 1e9
-    assert metrics["gflops"]["exact"]["mean"] == pytest.approx(cost) and 0 <= metrics["miou"] <= 100
 
 
 # ============ data ============
@@ -1698,7 +1381,7 @@ def check_masks(dataset, made, void=()):
         assert np.array_equal(dataset[i][1].numpy(), truth)
 
 
-def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
+def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds():
     write_camvid()
     for split in ("train", "val"):
         shutil.copytree(f"camvid/{split}", f"own/images/{split}")
@@ -1718,10 +1401,6 @@ def test_a_folder_gives_the_very_numbers_of_the_data_set_that_it_holds(capsys):
     for i in range(12):
         same = [np.array(Image.open(f"{name}/{i:02d}.png")) for name in ("one/val", "two")]
         assert np.array_equal(*same)
-    before = Path("own/classes.csv").read_text("utf-8-sig")
-    Path("own/classes.csv").write_text(before.replace("sky", "heaven"))
-    refuses(lambda: run(evaluate.main, "runs/two/last.pt", QUIET), "own/classes.csv")
-    Path("own/classes.csv").write_text(before)
     os.rename("own/images/train/00.png", "own/images/train/99.png")
     os.rename("own/labels/train/00.png", "own/labels/train/99.png")
     flags += " --dataset folder --data own --name two --resume"
@@ -1798,7 +1477,7 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
     made = {}
     for split, names in (("training", "abcd"), ("validation", "ef")):
         made |= write_folder(f"ade/images/{split}", f"ade/annotations/{split}", names)
-    Path("ade/classes.csv").write_text("id;name\n0;ignore\n1;wall\n2;sky\n")
+    Path("ade/classes.csv").write_text("id,name\n0,ignore\n1,wall\n2,sky\n")
     files = {}
     for split, folder in (("train", "training"), ("val", "validation")):
         files[split] = {"images": f"ade/images/{folder}", "labels": f"ade/annotations/{folder}"}
@@ -1819,9 +1498,6 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
     ]:
         Path("ade/classes.csv").write_text(text)
         refuses(lambda: data.folder_info("ade", files), words)
-    for flags in ("", " --train-images x", " --classes x"):
-        refuses(lambda: run(train_seg.main, "--dataset folder" + flags), "--dataset folder")
-    refuses(lambda: run(train_seg.main, "--dataset camvid --train-images x"), "--train-images")
 
 
 def test_folders_are_read_as_labelling_tools_write_them():
@@ -1975,7 +1651,6 @@ def test_pictures_and_labels_are_as_seen_whatever_their_exif_says(ending):
     assert np.array_equal(data.read_image("broken.png"), seen)
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_boxes_and_masks_stay_on_the_object_of_a_turned_picture():
     contents = write_coco(sizes=((60, 80),) * 3)
     plain = open_coco()
@@ -1994,49 +1669,16 @@ def test_boxes_and_masks_stay_on_the_object_of_a_turned_picture():
     refuses(lambda: open_coco()[0], "80x60 pixels as seen", "60x80")
 
 
-def tag_of(contents, number):
-    """Where the value of a tag stands in a little-endian TIFF of one directory."""
-    start, = struct.unpack_from("<I", contents, 4)
-    count, = struct.unpack_from("<H", contents, start)
-    places = range(start + 2, start + 2 + 12 * count, 12)
-    return next(place + 8 for place in places if struct.unpack_from("<H", contents, place) == (number,))
-
-
-def test_more_than_8_bits_are_scaled_or_refused_by_name():
+def test_pictures_with_too_many_bits_or_pixels_are_called_that(monkeypatch):
     grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
-    expected = np.rint(grey / 257)
     big_endian = Image.frombytes("I;16B", (64, 4), grey.astype(">u2").tobytes())
-    twelve_bits = Image.fromarray((grey >> 4).astype(np.uint16))
     for picture, name in [
         (Image.fromarray(grey), "a.png"), (Image.fromarray(grey), "a.tif"), (big_endian, "b.tif"),
-        (Image.fromarray(grey.astype(np.int32)), "c.tif"), (Image.fromarray(grey.astype(np.int32)), "c.pgm"),
-        (Image.fromarray((grey / 65535).astype(np.float32)), "d.tif"),
+        (Image.fromarray(grey.astype(np.int32)), "c.tif"),
+        (Image.fromarray(grey.astype(np.float32)), "d.tif"),
     ]:
         picture.save(name)
-        assert Image.open(name).mode[0] in "IF"
-        read = data.read_image(name)
-        assert read.shape == (4, 64, 3) and np.abs(read - expected[..., None]).max() == 0
-    for bits, white_is_zero in ((12, False), (16, True)):
-        (twelve_bits if bits == 12 else Image.fromarray(grey)).save("e.tif")
-        contents = bytearray(Path("e.tif").read_bytes())
-        if bits == 12:  # two numbers to three bytes, which Pillow reads and does not write
-            rows = (grey >> 4).astype(int).reshape(4, 32, 2)
-            high, low = rows[..., 0], rows[..., 1]
-            packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1).astype(np.uint8)
-            start = struct.unpack("<I", contents[tag_of(contents, 273) :][:4])[0]
-            contents[start : start + packed.size] = packed.tobytes()
-            struct.pack_into("<H", contents, tag_of(contents, 258), 12)
-        struct.pack_into("<H", contents, tag_of(contents, 262), 0 if white_is_zero else 1)
-        Path("e.tif").write_bytes(contents)
-        read = data.read_image("e.tif")[..., 0].astype(int)
-        assert np.abs((255 - read if white_is_zero else read) - expected).max() <= 1, (bits, white_is_zero)
-    signed, floating = grey.astype(np.int32), grey.astype(np.float32)
-    for values in (signed - 9, signed * 9, floating, floating * np.float32("nan")):
-        Image.fromarray(values).save("f.tif")
-        refuses(lambda: data.read_image("f.tif"), "f.tif", "from", "8 bits")
-
-
-def test_a_picture_over_pillows_limit_is_called_that(monkeypatch):
+        refuses(lambda: data.read_image(name), name, "8 bits")
     Image.new("1", (400, 400)).save("large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70_000)
     refuses(lambda: data.read_image("large.png"), "large.png", "140,000 pixels")
@@ -2149,40 +1791,16 @@ def test_batches_share_an_aspect_ratio_and_an_epoch_has_an_image_once():
     assert not torch.equal(epoch(1), first) and seen == set(range(103))
 
 
-@pytest.mark.parametrize("subsets", [2, 4])
-def test_shapes_are_reproducible_and_their_instances_make_up_the_mask(subsets):
-    options = dict(train=False, size=96, subsets=subsets)
-    dataset, again, classes = small_shapes(**options), small_shapes(**options), set()
-    for i in (5, 0, 17, 3, 8):
-        scene = dataset.scene(i)
-        image, mask, masks, boxes, labels, subset = scene
-        for a, b in zip(scene[:5], again.scene(i)[:5]):
-            assert torch.equal(a, b)
-        assert image.shape == (3, 96, 96) and image.dtype == torch.uint8 and subset == dataset.subset[i]
-        assert torch.equal(mask.long(), (masks * labels[:, None, None]).sum(0)) and masks.sum(0).max() == 1
-        for instance, box in zip(masks, boxes):
-            rows, columns = instance.nonzero().T
-            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert torch.equal(dataset[i][0], image) and torch.equal(dataset[i][1], mask)
-        for other in (small_shapes(**options, seed=1), small_shapes(**options, split="val")):
-            assert not torch.equal(other[i][0], image)
-        classes |= set(labels.tolist())
-    assert classes == {1, 2, 3, 4, 5}
-    many = small_shapes(subsets=subsets, n_train=240).subset
-    assert many.bincount().tolist() == [240 // subsets] * subsets
-    in_order = (many == torch.arange(240) % subsets).float().mean()
-    assert abs(in_order - 1 / subsets) < 0.15
-
-
 ALONE = {
     "routing": "routing.RoutedBackbone(4, 4)(torch.rand(2, 3, 64, 64))",
     "losses": "losses.clustering_loss(torch.rand(4, 6), torch.rand(3, 6), 0.5, 1.0)",
     "kmeans": "kmeans.ActivationBank(20, 4).update(torch.arange(20), torch.rand(20, 4))",
-    "data": "data.segmentation_dataset('shapes', None, 'train', True)[0]",
+    "data": "data.segmentation_dataset('camvid', 'camvid', 'train', True)[0]",
 }
 
 
 def test_files_work_alone_in_an_empty_folder():
+    write_camvid()
     code = "import sys, torch\n"
     for name, work in ALONE.items():
         os.mkdir(name)
@@ -2190,6 +1808,46 @@ def test_files_work_alone_in_an_empty_folder():
         code += f"sys.path.insert(0, '{name}')\nimport {name}\n{work}\n"
         code += f"del sys.path[0], sys.modules['{name}']\n"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_without_extras_a_network_trains_and_evaluates_and_flags_name_the_file_that_they_need():
+    write_cityscapes("train", [f"aachen/{i}" for i in range(4)], (64, 96))
+    write_cityscapes("val", [f"bonn/{i}" for i in range(2)], (64, 96))
+    os.mkdir("copied")
+    for file in HERE.glob("*.py"):
+        if file.name != "test_smoke.py":
+            shutil.copy(file, "copied")
+    tiny = f"{TINY} --data cs --crop 64 --short-sides 64 --iters 3 --name run".split()
+    needs = [  # flags of evaluate.py on that run, and what they need
+        ("--figures f", "figures"), ("--image cs", "figures"), ("--experts e", "experts"),
+        ("--published", "published"), ("--variant dr-a", "published")]
+    code = f"""
+import os, sys
+import evaluate, flops, model, train_det, train_seg
+assert not [name for name in sys.modules if name.startswith("extras") or name == "matplotlib"]
+train_seg.main({tiny})
+evaluate.main("runs/run/last.pt --workers 0 --device cpu".split())
+assert not [name for name in sys.modules if name.startswith("extras") or name == "matplotlib"]
+commands = [(evaluate.main, "runs/run/last.pt " + flags, name) for flags, name in {needs}]
+commands += [(train.main, "--name x --dataset shapes", "shapes") for train in (train_seg, train_det)]
+commands += [(train_seg.main, "--name x --batch 4 --data cs " + flags, "baselines")
+             for flags in ("--variant pspnet-r101", "--route u-net")]
+commands.append((flops.main, "--published", "published"))
+for main, flags, name in commands:
+    try:
+        main(flags.split())
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    print("needed", flags, name, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path("copied").resolve())},
+        capture_output=True, text=True)
+    assert done.returncode == 0 and "IoU % val" in done.stdout, done.stderr
+    said = [line for line in done.stderr.splitlines() if "extras/" in line or line.startswith("needed")]
+    for refusal, needed in zip(said[::2], said[1::2], strict=True):
+        assert f"needs extras/{needed.split()[-1]}.py" in refusal
+    assert read_json("runs/run/metrics.json")["images"] == 2
 
 
 # ============ detection ============
@@ -2290,7 +1948,6 @@ def test_a_detector_in_bfloat16_has_boxes_and_gates_in_float32():
     assert total.isfinite()
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_coco_items_are_what_the_file_says_and_are_flipped_with_their_boxes():
     contents, whole = write_coco(), open_coco()
     assert (whole.classes, whole.category_ids) == (["dark", "bright"], [3, 7])  # by id; ids have gaps
@@ -2318,18 +1975,16 @@ def test_coco_items_are_what_the_file_says_and_are_flipped_with_their_boxes():
     assert 3 < flipped < 17
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_objects_of_a_coco_file_take_little_and_segmentations_nothing_without_masks():
     contents, file = write_coco(), "coco/annotations/instances_train2017.json"
     more = [contents["annotations"][0] | dict(id=1000 + i) for i in range(2000)]
     Path(file).write_text(json.dumps(contents | dict(annotations=more)))
     boxes, masks = (len(pickle.dumps(open_coco(masks=masks))) / 2000 for masks in (False, True))
     outline = 8 * len(more[0]["segmentation"][0])
-    assert boxes < 80 and boxes + outline / 4 < masks < boxes + 2 * outline  # bytes an object
+    assert boxes < 80 and boxes + outline / 4 < masks < boxes + 3 * outline  # bytes an object
     assert len(open_coco()[0][1]["masks"]) == 2000
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_bad_coco_files_are_named_in_one_line():
     contents, secret = write_coco(), os.path.abspath("coco/secret.jpg")
     box, (image, *rest) = contents["annotations"][0], contents["images"]
@@ -2364,18 +2019,18 @@ def test_bad_coco_files_are_named_in_one_line():
 
 
 def read_annotations(contents, masks=False, **changes):
-    """What becomes of a file's contents, with changes to all of its annotations."""
+    """What becomes of a file's contents, with changes to all annotations: the file, and its objects."""
     annotations = [a | changes for a in contents["annotations"] if a["bbox"][2] and not a["iscrowd"]]
     Path("own.json").write_text(json.dumps(contents | dict(annotations=annotations)), "utf-8-sig")
-    return data.read_coco("own.json", masks)
+    file = data.read_coco("own.json", masks)
+    return file, [found for row in range(len(file.names)) for found in file.objects(row)]
 
 
 @pytest.mark.parametrize("kind", [str, float, lambda n: f"6ba7b810-{n:012d}", lambda n: n + 0.5])
 def test_ids_of_any_kind_find_their_records_and_are_given_back(kind):
     contents = write_coco("val", sizes=((60, 80),) * 12)
-    with warnings.catch_warnings(action="ignore"):
-        ours = open_coco(split="val")
-    plain = read_annotations(contents)
+    expected = check_truth_has_full_score(open_coco(split="val"))
+    plain = read_annotations(contents)[1]
     for image in contents["images"]:
         image["id"] = kind(image["id"] - 100)
     for category in contents["categories"]:
@@ -2384,14 +2039,11 @@ def test_ids_of_any_kind_find_their_records_and_are_given_back(kind):
         annotation |= dict(
             id=kind(annotation["id"]), image_id=kind(annotation["image_id"] - 100),
             category_id=kind(annotation["category_id"]))
-    file = read_annotations(contents)
+    file, objects = read_annotations(contents)
     assert file.image_ids == [kind(7 * i) for i in range(12)] and file.category_ids == [kind(3), kind(7)]
-    for name in ("boxes", "labels", "first", "areas"):
-        assert torch.equal(getattr(file, name), getattr(plain, name))
+    assert objects == plain
     Path("coco/annotations/instances_val2017.json").write_text(json.dumps(contents))
-    with warnings.catch_warnings(action="ignore"):
-        results = check_truth_has_full_score(open_coco(split="val"))
-    expected = check_truth_has_full_score(ours)
+    results = check_truth_has_full_score(open_coco(split="val"))
     for found, same in zip(results, expected, strict=True):
         assert found["image_id"] == kind(same["image_id"] - 100) and found["bbox"] == same["bbox"]
         assert found["category_id"] == kind(same["category_id"])
@@ -2399,28 +2051,26 @@ def test_ids_of_any_kind_find_their_records_and_are_given_back(kind):
 
 def test_numbers_may_be_text_and_boxes_end_with_their_image():
     contents = write_coco()
-    plain = read_annotations(contents)
+    plain, objects = read_annotations(contents)
     for image in contents["images"]:
         image |= dict(width=str(image["width"]), height=float(image["height"]))
     text = [a | dict(bbox=[*map(str, a["bbox"])], area=str(a["area"])) for a in contents["annotations"]]
     for iscrowd in ("0", 0.0, False, None):
-        file = read_annotations(contents | dict(annotations=text), iscrowd=iscrowd)
-        assert torch.equal(file.boxes, plain.boxes) and torch.equal(file.areas, plain.areas)
-        assert torch.equal(file.sizes, plain.sizes) and not file.crowds.any()
+        file, found = read_annotations(contents | dict(annotations=text), iscrowd=iscrowd)
+        assert found == objects and torch.equal(file.sizes, plain.sizes)
     first = contents["annotations"][0]
     for box, kept in [
         ([-5, -5, 20, 20], [0, 0, 15, 15]), ([70, 50, 20, 20], [70, 50, 10, 10]),
         ([500, 500, 30, 30], None), ([-30, 5, 30, 9], None), ([5, 5, -4, 4], None), ([5, 5, 4, 0], None),
         ([5, 5, 4, 0.5], [5, 5, 4, 0.5]),
     ]:
-        file = read_annotations(contents | dict(annotations=[first | dict(area=None)]), bbox=box)
-        assert file.boxes.tolist() == ([kept] if kept else [])
-        assert file.areas.tolist() == ([kept[2] * kept[3]] if kept else [])
+        found = read_annotations(contents | dict(annotations=[first | dict(area=None)]), bbox=box)[1]
+        assert [(one.box, one.area) for one in found] == ([(kept, kept[2] * kept[3])] if kept else [])
     for name, value in [("bbox", "1234"), ("bbox", [1, 2, "x", 4]), ("iscrowd", "no"), ("area", "nan"),
                         ("area", [1]), ("image_id", None), ("category_id", {}), ("bbox", None)]:
         refuses(lambda: read_annotations(contents, **{name: value}), "own.json: annotation 1 ")
     for area in (-1, 0, 1e300):  # no area of a mask in this box
-        assert read_annotations(contents, area=area).areas.equal(plain.areas)
+        assert read_annotations(contents, area=area)[1] == objects
     for size in (0, "wide", None, 60.5, -3, 1e30, 10**30):
         images = [contents["images"][0] | dict(width=size), *contents["images"][1:]]
         refuses(lambda: read_annotations(contents | dict(images=images)), "image 100", "width")
@@ -2440,8 +2090,8 @@ def test_run_lengths_must_make_up_their_image():
         lengths = np.diff(np.concatenate([[0], changes])).tolist()
         assert data._run_lengths(text).tolist() == lengths
         for counts in (text, lengths):
-            file = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=counts))
-            assert np.array_equal(data._decode(file.segmentation(0), 60, 80), mask)
+            found = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=counts))[1]
+            assert np.array_equal(found[0].mask(60, 80), mask)
         for wrong in [
             lengths[:-1], [*lengths, 1], [-1, 1, *lengths], [*lengths[:-1], lengths[-1] - 700],
             ["x"], [[1]], 5, [4801], [2**70], [None], text[:-1], text + "1", text + "a", text + "o" * 9, "é",
@@ -2450,17 +2100,15 @@ def test_run_lengths_must_make_up_their_image():
             segmentation = dict(size=[60, 80], counts=wrong)
             refuses(lambda: read_annotations(contents, True, segmentation=segmentation), "annotation 1 ")
     for nothing in ([4800], rle.encode(np.zeros((60, 80), np.uint8, "F"))["counts"].decode()):
-        file = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=nothing))
-        assert file.flat == [1] and not len(file.boxes)
+        file, found = read_annotations(contents, True, segmentation=dict(size=[60, 80], counts=nothing))
+        assert file.flat == [1] and not found
     corners = [5, 5, 30, 5, 30, 30]
-    flat = read_annotations(contents, True, segmentation=corners)  # one polygon without brackets of its own
-    assert flat.segmentation(0) == [corners]
-    far, nan = [n // 2 % 2 * 9e4 for n in range(2000)], float("nan")
-    for wrong in ([far], [[5, 5, 30, 5, 30, nan]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
+    found = read_annotations(contents, True, segmentation=corners)[1]  # one without brackets of its own
+    assert pickle.loads(found[0].outline) == [corners]
+    for wrong in ([[5, 5, 30, 5, 30, math.nan]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
         refuses(lambda: read_annotations(contents, True, segmentation=wrong), "annotation 1", "--masks")
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_names_of_files_may_be_written_as_on_windows_or_with_other_folders_in_front():
     contents, file = write_coco(sizes=((60, 80), (64, 64))), Path("coco/annotations/instances_train2017.json")
     names = [image["file_name"] for image in contents["images"]]
@@ -2479,7 +2127,6 @@ def test_names_of_files_may_be_written_as_on_windows_or_with_other_folders_in_fr
     refuses(open_coco, "images/gone.jpg")
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_what_is_painted_as_a_crowd_is_said():
     contents = write_coco()
     for n, annotation in enumerate(contents["annotations"]):
@@ -2495,7 +2142,6 @@ def test_what_is_painted_as_a_crowd_is_said():
     assert not open_coco(annotations="own.json").has_truth  # its AP would be -1
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_pictures_too_narrow_for_a_detector_are_named(trained):
     write_both_splits_of_coco()
     contents = write_coco("val", sizes=(*[(60, 80)] * 4, (300, 2)))  # the last has no objects
@@ -2538,138 +2184,25 @@ def test_on_real_coco_the_truth_has_full_score_and_worse_results_score_as_by_pyc
     compare_with_pycocotools(dataset, root / "annotations" / "instances_val2017.json", results)
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
-def test_a_static_detector_starts_from_a_file_and_runs_through_the_same_loop(monkeypatch):
-    """A smaller one of torchvision's, whose checkpoints take less time to write."""
-    build = model.resnet_fpn_backbone
-    smaller = dict(backbone_name="resnet18")
-    monkeypatch.setattr(model, "resnet_fpn_backbone", lambda **options: build(**options | smaller))
-    write_both_splits_of_coco()
-    resnet = torchvision.models.resnet18(weights=None)
-    torch.save(resnet.state_dict(), "resnet.pth")
-    flags = f"{QUIET} --short-sides 64 --long-side 96 --proposals 40 --rois 16 --anchor 8 --data coco"
-    flags += " --variant r50-fpn --batch 2 --iters 1 --bn-batches 1 --name static --init"
-    out = succeeds(train_det.main, flags, "resnet.pth")
-    assert "100 tensors matched" in out  # 20 convolutions, 20 norms of 4 numbers each
-    network, checkpoint = model.load_checkpoint("runs/static/last.pt")
-    body, name = network.pyramid.body.state_dict(), "layer{}.0.conv1.weight"
-    for stage, same in ((1, True), (3, False)):  # the first is fixed, as torchvision does
-        assert torch.equal(body[name.format(stage)], resnet.state_dict()[name.format(stage)]) == same
-    assert checkpoint["bank"]["clusters"] is None
-    for file, word in (("runs/static/last.pt", "conv1.weight"), ("none.pth", "none.pth")):
-        refuses(lambda: run(train_det.main, flags, file, "--name other"), word)
-
-
-# ============ checkpoints, ours and others' ============
-
-
-def published_shapes(layers=16, C=64, classes=19):
-    """Names and shapes of the weights as the authors' code writes them, from what its modules are."""
-    shapes = {}
-
-    def conv(name, c_in, c_out, k=1, groups=1, norm=True, bias=False):
-        shapes[f"{name}.weight"] = (c_out, c_in // groups, k, k)
-        for part in ("weight", "bias", "running_mean", "running_var")[: 4 * norm]:
-            shapes[f"{name}.norm.{part}"] = (c_out,)
-        if bias:
-            shapes[f"{name}.bias"] = (c_out,)
-
-    def node(name, c, up, down):
-        for i in (0, 2):
-            conv(f"{name}.cell_ops._ops.0.op.{i}", c, c, 3, groups=c, norm=False)
-            conv(f"{name}.cell_ops._ops.0.op.{i + 1}", c, c)
-        if up:
-            conv(f"{name}.res_up.1", c, c // 2)
-        if down:
-            conv(f"{name}.res_down.1", c, 2 * c)
-        conv(f"{name}.gate_conv_beta.0", c, c // 2)
-        conv(f"{name}.gate_conv_beta.2", c // 2, 1 + up + down, norm=False, bias=True)
-
-    conv("backbone.stem.stem_1", 3, C, 3)
-    for stage in ("stem_2", "stem_3"):
-        conv(f"backbone.stem.{stage}.0", C, C, 3, groups=C, norm=False)
-        conv(f"backbone.stem.{stage}.1", C, C)
-    node("backbone.init_layer", C, up=False, down=True)
-    for layer, nodes in enumerate([2, 3] + [4] * (layers - 2)):
-        inner = layer < layers - 1
-        for s in range(nodes):
-            node(f"backbone.all_cell_list.{layer}.{s}", C * 2**s, up=inner and s > 0, down=inner and s < 3)
-    for s in range(4):
-        conv(f"sem_seg_head.layer_decoder_list.{s}", C * 2**s, C * 2 ** max(s - 1, 0))
-    conv("sem_seg_head.predictor", C, classes, 3, norm=False, bias=True)
-    return shapes
-
-
-def published_file(path, classes=19, without=()):
-    """Random weights in the authors' format, optimiser state and NumPy numbers among them -> the weights."""
-    weights = {}
-    for name, shape in published_shapes(4, 8, classes).items():
-        if not any(part in name for part in without):
-            weights[name] = torch.rand(shape) / math.prod(shape[1:]) ** 0.5 + 0.1
-            if name.endswith("norm.weight"):
-                weights[name.replace("norm.weight", "norm.num_batches_tracked")] = torch.tensor(7)
-    optimizer = dict(state={0: dict(momentum_buffer=torch.zeros(2), step=np.int64(3))}, lr=np.float64(0.05))
-    contents = dict(model=weights, optimizer=optimizer, iteration=np.int64(12), seen=np.arange(3.0))
-    torch.save(contents, path)
-    return weights
-
-
-def without_counters(weights):
-    return {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
-
-
-@pytest.mark.parametrize("layers", [16, 33])
-def test_every_published_name_is_one_of_ours_and_the_reverse(layers):
-    network, renamed = model.build_model("dr-raw", "segmentation", 19, layers=layers, gate="full"), {}
-    for name, shape in published_shapes(layers).items():
-        renamed[model.from_published_name(name)] = shape
-    ours = {name: tuple(weight.shape) for name, weight in without_counters(network.state_dict()).items()}
-    assert len(renamed) == len(published_shapes(layers)) and renamed == ours
-
-
-def test_a_published_checkpoint_is_read_whole_and_evaluated():
-    write_camvid()
-    weights = published_file("camvid.pth", classes=11)
-    network, about = model.load_published("camvid.pth", "dr-a", "cpu")
-    assert (network.backbone.gate, network.backbone.width, about["iteration"]) == ("small", 8, 12)
-    assert model.load_published("camvid.pth", "dr-raw", "cpu")[0].backbone.gate == "full"
-    first = weights.pop("backbone.stem.stem_1.weight")
-    for name, weight in without_counters(weights).items():
-        assert torch.equal(weight, network.state_dict()[model.from_published_name(name)])
-    rgb = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
-    bgr = rgb.flip(1).double() - torch.tensor([103.530, 116.280, 123.675])[:, None, None]
-    ours = network.backbone.stem[0](data.normalize(rgb)).double()
-    torch.testing.assert_close(ours, F.conv2d(bgr, first.double(), stride=2), atol=1e-3, rtol=1e-4)
-    command = f"camvid.pth --variant dr-a --data camvid {QUIET}"
-    succeeds(evaluate.main, command, "--dataset camvid")
-    metrics = read_json("metrics-camvid.json")
-    assert metrics["images"] == 12 and metrics["variant"] == "dr-a" and metrics["gflops"]["paper"]["mean"] > 0
-    refuses(lambda: run(evaluate.main, command), "11 classes")
-    refuses(lambda: run(evaluate.main, "metrics-camvid.json --variant dr-a"), "metrics-camvid.json")
-    for missing in ("gate_conv", "sem_seg"):
-        published_file("partial.pth", without=[missing])
-        refuses(lambda: model.load_published("partial.pth", "dr-a", "cpu"), "--init")
+# ============ checkpoints ============
 
 
 def test_a_network_starts_from_whatever_fits():
-    file = "file.pth"
-    weights = published_file(file, without=["gate_conv", "sem_seg"])  # as their ImageNet backbones
+    other = model.build_model("dr-a", "segmentation", 19, layers=4, width=8)
     network = model.build_model("dr-a", "segmentation", 11, layers=4, width=8)
-    before = copy.deepcopy(network.state_dict())
-    report = model.initialize(network, file)
-    assert len(report.matched) == len(without_counters(weights)) and not report.left_over
-    for name in report.missing:
-        assert ".gate." in name or name.startswith("head.")
-        assert torch.equal(network.state_dict()[name], before[name])
+    before, given = copy.deepcopy(network.state_dict()), other.state_dict()
+    report = model.initialize(network, {n: w for n, w in given.items() if ".gate." not in n}, "f")
+    assert report.left_over == ["head.predictor.weight", "head.predictor.bias"]  # of other shapes
+    for name, weight in network.state_dict().items():
+        kept = ".gate." in name or name.startswith("head.predictor.")
+        assert torch.equal(weight, before[name] if kept else given[name])
+        assert (name in report.missing) == (kept and not name.endswith("num_batches_tracked"))
     assert f"{len(report.matched)} tensors matched, {len(report.missing)} missing (" in str(report)
-    torch.save(network.state_dict(), file)  # weights alone
-    assert not model.initialize(network, file).missing
-    published_file(file, classes=19)  # the head's classifier differs, all else fits
-    report = model.initialize(network, file)
-    assert report.missing == report.left_over == ["head.predictor.weight", "head.predictor.bias"]
+    torch.save(given, "file.pth")  # weights alone
+    assert not model.initialize(other, model.read_weights("file.pth"), "f").missing
     for weight in (3, torch.zeros(2)):
-        torch.save({"model": {"backbone.stem.stem_1.weight": weight}}, file)
-        refuses(lambda: model.initialize(network, file), "file.pth")
+        torch.save({"model": {"backbone.stem.stem_1.weight": weight}}, "file.pth")
+        refuses(lambda: model.initialize(network, model.read_weights("file.pth"), "file.pth"), "file.pth")
 
 
 def test_a_detector_starts_from_a_segmenter_and_the_reverse():
@@ -2680,10 +2213,10 @@ def test_a_detector_starts_from_a_segmenter_and_the_reverse():
         for weight in other.parameters():
             torch.nn.init.normal_(weight)
         model.save_checkpoint(Path("file.pt"), other, model_args={})
-        report = model.initialize(starts, "file.pt")
+        report = model.initialize(starts, model.read_weights("file.pt"), "file.pt")
         cell, same = (n.backbone.layers[2][1].cell.body[0].weight for n in (starts, other))
         assert torch.equal(cell, same) and report.missing  # the first layers of the backbone are the same
-        refuses(lambda: model.initialize(narrow, "file.pt"), "do not fit the network")
+        refuses(lambda: model.initialize(narrow, model.read_weights("file.pt"), ""), "do not fit the network")
 
 
 class RunsCode:
@@ -2765,11 +2298,10 @@ def test_miou_equals_cityscapesscripts_on_the_written_predictions():
         assert (ours is None and math.isnan(theirs)) or ours / 100 == pytest.approx(theirs, abs=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*no objects to learn from")
 def test_one_process_evaluates_as_two_do(trained):
     os.chdir(trained)
     out = succeeds(evaluate.main, "runs/seg/last.pt", QUIET)
-    assert "IoU % val" in out and "\nexpert" in out and "\npaper  " in out
+    assert "IoU % val" in out and "\nexpert" in out and "\npaper " in out
     metrics, during = read_json("runs/seg/metrics.json"), events(Path("runs/seg"), "evaluation")[-1]
     assert metrics["images"] == sum(metrics["images_per_expert"]) == 12 and metrics["variant"] == "divdr-a"
     assert metrics["miou"] == pytest.approx(100 * during["miou"], abs=1e-6)
@@ -2792,524 +2324,121 @@ def test_one_process_evaluates_as_two_do(trained):
     assert one["mask"]["AP"] == pytest.approx(100 * scores["AP"])
 
 
-def test_pictures_show_what_is_predicted(trained):
-    os.chdir(trained)
-    for name, picture in (("seg", "camvid/val/01.png"), ("det", "coco/val2017/000000000001.jpg")):
-        folder, file = os.path.split(picture)
-        command = f"runs/{name}/last.pt {QUIET} --min-score 0 --out {name} --image"
-        out = succeeds(evaluate.main, command, folder)
-        assert len(re.findall(r"expert [01] of 2", out)) == len(os.listdir(name)) == len(os.listdir(folder))
-        assert (np.array(Image.open(f"{name}/{file}.png")) != np.array(Image.open(picture))).any()
-    succeeds(evaluate.main, command, picture, "--figures drawn")
-    written = Path(f"drawn/route-{file}.pdf").read_bytes()
-    assert b"/FontFile2" in written and b"/Type3" not in written
-    for flags in ("--dataset shapes", "--predictions x", "--limit 0"):
-        refuses(lambda: run(evaluate.main, "runs/det/last.pt --device cpu", flags), flags.split()[0])
-
-
-def test_a_folder_of_pictures_is_done_but_for_those_that_cannot_be_read(trained):
-    shutil.copytree(trained / "runs" / "seg", "seg")
-    for name in ("a.png", "cut.jpg", "z.tif", "sub/b.PNG", ".hidden.png", "sub/._b.png", ".cache/c.png"):
-        Path("in", name).parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((70, 64), 50).convert("RGB").save(f"in/{name}")
-    Path("in/cut.jpg").write_bytes(Path("in/cut.jpg").read_bytes()[:400])
-    Path("in/notes.txt").write_text("none")
-    for times in range(2):  # the second time the folder holds what the first wrote
-        out, error = io.StringIO(), io.StringIO()
-        both = contextlib.redirect_stdout(out), contextlib.redirect_stderr(error)
-        with both[0], both[1], pytest.raises(SystemExit) as stopped:
-            run(evaluate.main, f"seg/last.pt {QUIET} --image in --out in/out --figures in/drawn")
-        assert stopped.value.code == 2 and "1 of 4 pictures" in error.getvalue()
-        assert "in/cut.jpg: cannot be read" in error.getvalue()
-        assert out.getvalue().count("GFLOPs") == 3
-        assert sorted(map(str, Path("in/out").rglob("*.png"))) == [
-            "in/out/a.png.png", "in/out/sub/b.PNG.png", "in/out/z.tif.png"]
-    succeeds(evaluate.main, f"seg/last.pt {QUIET} --image in/sub --out .")  # above the pictures is fine
-    assert os.path.exists("b.PNG.png")
-    for flags, word in [
-        ("in/sub --out in/sub", "--out"), ("in/none", "no picture"), ("in/cut.jpg", "cut.jpg: cannot"),
-    ]:
-        refuses(lambda: run(evaluate.main, f"seg/last.pt {QUIET} --image", flags), word)
-
-
 def test_what_cannot_be_written_costs_no_result(trained):
     shutil.copytree(trained / "runs" / "seg", "seg")
-    for name in ("metrics.json", "experts.png", "last.val.activations"):
-        Path("seg", name).unlink(missing_ok=True)
-        Path("seg", name).mkdir()  # no file can take its place
+    Path("seg/metrics.json").unlink(missing_ok=True)
+    Path("seg/metrics.json").mkdir()  # no file can take its place
     os.symlink(trained / "camvid", "camvid")
-    out = succeeds(evaluate.main, "seg/last.pt", QUIET)
-    assert "IoU % val" in out and out.count("could not be written") == 3
-    assert "seg/metrics.json" in out and "--out DIR" in out
-    first = (trained / "runs" / "seg" / "last.pt", "seg/last.pt")
-    out = succeeds(evaluate.main, "seg/last.pt --out elsewhere", QUIET)
-    assert "could not" not in out
-    assert sorted(os.listdir("elsewhere")) == ["experts.png", "last.val.activations", "metrics.json"]
-    out = succeeds(evaluate.main, *first, "--out both --format text", QUIET)
-    for folder in ("both/seg", "both/seg-2"):
-        assert sorted(os.listdir(folder)) == ["last.val.activations", "metrics.json"]
-    blocked = Path("blocked/predictions-seg.png")
-    blocked.mkdir(parents=True)
-    refused = io.StringIO()
-    with contextlib.redirect_stderr(refused), pytest.raises(SystemExit) as stopped:
-        run(evaluate.main, "seg/last.pt --figures blocked --out elsewhere", QUIET)
-    assert stopped.value.code == 2 and str(blocked) in refused.getvalue()
-    assert os.path.exists("blocked/routes-seg.png")
-    os.makedirs("own/val")
-    shutil.copytree("camvid/val", "own/val", dirs_exist_ok=True)
-    shutil.copytree("camvid/valannot", "own/valannot")
-    before = Path("own/val/03.png").read_bytes()
-    refuses(lambda: run(evaluate.main, "seg/last.pt --data own --predictions own", QUIET), "own files")
-    refuses(lambda: run(evaluate.main, "seg/last.pt --predictions camvid/trainannot", QUIET), "own files")
-    assert Path("own/val/03.png").read_bytes() == before
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        refuses(lambda: run(evaluate.main, "seg/last.pt", QUIET), "seg/metrics.json", "--out DIR")
+    assert "IoU % val" in out.getvalue() and "\nexpert" in out.getvalue()
+    both = trained / "runs" / "seg" / "last.pt", "seg/last.pt"
+    succeeds(evaluate.main, *both, QUIET, "--data camvid --out both")
+    assert os.path.exists("both/seg/metrics.json") and os.path.exists("both/seg-2/metrics.json")
     os.makedirs("preds/val/03.png")
-    spawn(predict_what_cannot_be_written)
-    assert Path("status-0").read_text() == "2" and Path("status-1").read_text() == "None"
-    assert Path("printed-0").read_text().startswith("checkpoint seg/last.pt")
+    refuses(lambda: run(evaluate.main, "seg/last.pt --out x --predictions preds", QUIET), "preds/val/03.png")
     assert len([path for path in Path("preds/val").iterdir() if path.is_file()]) == 11
+    shutil.copytree("camvid", "own")
+    for flags in ("--data own --predictions own", "--predictions camvid/trainannot"):
+        refuses(lambda: run(evaluate.main, "seg/last.pt", flags, QUIET), "own files")
 
 
-def predict_what_cannot_be_written(rank):
-    """Two processes evaluate; the second cannot write image 3."""
-    status = None
-    with open(f"printed-{rank}", "w") as out, contextlib.redirect_stdout(out):
-        try:
-            run(evaluate.main, "seg/last.pt --predictions preds", QUIET)
-        except SystemExit as stopped:
-            status = stopped.code
-    Path(f"status-{rank}").write_text(str(status))
-
-
-def test_figures_need_no_window(trained):
+def test_a_table_takes_numbers_from_where_an_evaluation_left_them_while_they_are_newer(trained, monkeypatch):
     shutil.copytree(trained / "runs" / "seg", "seg")
     os.symlink(trained / "camvid", "camvid")
-    command = [sys.executable, HERE / "evaluate.py", "seg/last.pt", *QUIET.split()]
-    variables = os.environ | {"MPLBACKEND": "a_window_that_is_not_there"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "wrote seg/experts.png" in done.stdout, done.stderr
+    passes, original = [], evaluate.evaluate_segmentation
+    monkeypatch.setattr(evaluate, "evaluate_segmentation", lambda *args: passes.append(1) or original(*args))
+
+    def count(*flags):
+        passes.clear()
+        out = succeeds(evaluate.main, "seg/last.pt", *flags, QUIET)
+        return len(passes), out
+
+    assert count()[0] == count()[0] == 1  # alone: always anew
+    before = read_json("seg/metrics.json")
+    assert count("--format markdown")[0] == 0
+    assert count("--format csv --split train")[0] == 1 and count("--format csv --split train")[0] == 0
+    assert read_json("seg/metrics.json") == before and read_json("seg/metrics-train.json")["split"] == "train"
+    assert count("--format csv --data camvid")[0] == 1  # other flags
+    assert count("--format csv --data camvid")[0] == 0 and count("--format csv")[0] == 1
+    contents = torch.load("seg/last.pt", weights_only=True)
+    torch.save(contents | {"iteration": 11}, "seg/last.pt")
+    os.utime("seg/last.pt", (time.time() + 9,) * 2)  # newer than the numbers
+    passed, out = count("--format text")
+    assert passed == 1 and "iteration 11 of 12" in out
 
 
-def made_up_run(name, miou, seed=0, variant="divdr-a", k=3, gate="small", kmeans_every=50):
+def made_up_run(name, miou, seed=0, variant="divdr-a", k=3, gate="small", **config):
     """What evaluate.py knows of a run after a split of 6 images, without the run."""
     network = model.build_model(variant, "segmentation", 2, layers=4, width=8, gate=gate)
     generator = torch.Generator().manual_seed(seed)
-    exists = torch.tensor([node.exists for node in network.backbone.all_nodes()[1:]]).flatten()
+    exists = torch.tensor([node.exists() for node in network.backbone.all_nodes()[1:]]).flatten()
     centers = torch.rand(k, len(exists), generator=generator) * exists
     A = centers[torch.arange(6) % (k - 1)]  # the last cluster is empty
     A = (A + 0.01 * torch.rand(A.shape, generator=generator)) * exists
-    cost = {"paper": torch.arange(6) * 1_000_000 + seed * 10_000_000 + 50_000_000}
+    flops = {"paper": torch.arange(6) * 1_000_000 + seed * 10_000_000 + 50_000_000}
     metrics = {"dataset": "shapes", "split": "val", "images": 6, "miou": miou}
-    metrics["gflops"] = {"paper": evaluate.spread(cost["paper"])}
-    metrics |= evaluate.describe_experts(A, cost["paper"], centers, kmeans.assign(A, centers)[0])
+    metrics["gflops"] = {"paper": evaluate.mean_min_max(flops["paper"])}
+    metrics |= evaluate.describe_experts(A, flops["paper"], centers, kmeans.assign(A, centers)[0])
     checkpoint = dict(
-        path=Path(f"runs/{name}/last.pt"), task="segmentation", iteration=10,
-        config=dict(
-            seed=seed, k=k, margin=5.0, lambda2=model.VARIANTS[variant].lambda2, iters=10, gate=gate,
-            kmeans_every=kmeans_every),
-        model_args=dict(variant=variant, width=8, gate=gate))
-    result = evaluate.SplitResult(A, cost, (32, 32), {}, "")
+        path=Path(f"runs/{name}/last.pt"), task="segmentation", iteration=10, classes=["a", "b"],
+        config=dict(seed=seed, k=k, margin=5.0, iters=10, gate=gate, kmeans_every=50) | config,
+        model_args=dict(variant=variant, layers=4, width=8, gate=gate))
+    result = evaluate.Result(A, flops, torch.tensor([[32, 32]] * 6))
     clusters = kmeans.Clusters(centers, torch.zeros(6), 0.1, [])
-    return evaluate.RunResult(name, checkpoint, result, evaluate.grid_of(network), clusters, metrics)
+    return evaluate.Run(name, checkpoint, metrics, clusters, result)
 
 
 def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation():
     scores = {2: [61.0, 63.5, 60.0], 3: [64.0]}
     runs = [made_up_run(f"k{k}-{s}", score, s, k=k) for k in scores for s, score in enumerate(scores[k])]
+    runs[1].checkpoint["config"] |= dict(name="other", data="elsewhere", workers=7)  # decide nothing
     runs.append(made_up_run("dr", 58.25, variant="dr-a"))
-    header, *rows = evaluate.make_table(runs, published=True)
-    assert header == ["Method", "Backbone", "K", "mIoU val", "GFLOPs", "Inter", "Intra", "To centre", "Seeds"]
-    dr, two, three, *paper = rows
-    gflops = [run.flops.double().mean().item() / 1e9 for run in runs[:3]]
+    rows = evaluate.make_table(runs, [])
+    titles = ["Method", "Backbone", "K", "mIoU val", "GFLOPs", "Inter", "Intra", "To centre", "Seeds"]
+    assert rows[0] == titles
+    dr, two, three = rows[1:]
+    gflops = [run.result.flops["paper"].double().mean().item() / 1e9 for run in runs[:3]]
     assert two[:3] == ["DivDR-A", "Layer4, width 8", "2"]
     assert two[3] == f"{np.mean(scores[2]):.2f} ± {np.std(scores[2], ddof=1):.2f}"
     assert two[4] == f"{np.mean(gflops):.4f} ± {np.std(gflops, ddof=1):.4f}"
-    assert (two[-1], dr[0], dr[3], three[2], three[3], three[-1]) == ("3", "DR-A", "58.25", "3", "64.00", "1")
-    row = ["DivDR-A (DivDR Table 1)", "Layer16", "–", "73.5 ± 0.4", "57.7 ± 3.9"]
-    assert [*row, *"––––"] in paper
-    assert {len(row) for row in paper} == {9}
-    latex = evaluate.render([header, *rows], "latex").splitlines()
-    assert latex[0] == r"\begin{tabular}{llrrrrrrr}"
-    assert r"61.50 $\pm$ 1.80" in latex[5] and latex[5].endswith(r"\\")
-    markdown = evaluate.render([header, *rows], "markdown").splitlines()
+    assert (two[-1], dr[0], dr[3], three[2], three[3], three[-1]) == (3, "DR-A", "58.25", "3", "64.00", 1)
+    latex = model.table(rows, "latex").splitlines()
+    assert latex[0] == r"\begin{tabular}{llrrrrrrr}" and r"61.50 $\pm$ 1.80" in latex[5]
+    assert {line.count("&") for line in latex if line.endswith(r"\\")} == {8}
+    assert r"R\&D\_100\% & b" in model.table([["R&D_100%", "b"]], "latex")
+    markdown = model.table(rows, "markdown").splitlines()
     assert set(markdown[1]) == set("|-: ") and len(set(map(len, markdown))) == 1
-    assert evaluate.draw_ablations(runs).axes[0].lines[0].get_ydata().tolist() == [np.mean(scores[2]), 64.0]
-    points = evaluate.draw_trade_off(runs, True).axes[0].get_legend().get_lines()
-    assert [line.get_markerfacecolor() == "white" for line in points] == [False] * 3 + [True] * 31
+    listed = list(csv.DictReader(io.StringIO(model.table(evaluate.list_runs(runs), "csv"))))
+    assert [row["run"] for row in listed] == ["k2-0", "k2-1", "k2-2", "k3-0", "dr"]
+    for run, row in zip(runs, listed):
+        assert float(row["mIoU"]) == run.metrics["miou"] and float(row["Inter"]) == run.metrics["inter"]
+        assert (row["k"], row["seed"]) == tuple(str(run.checkpoint["config"][name]) for name in ("k", "seed"))
+        assert sum(map(int, row["images per expert"].split())) == 6
 
 
-def test_runs_on_different_files_are_different_settings():
-    runs = [made_up_run(f"run{i}", 60.0 + i, seed=i) for i in range(4)]
-    for run, place in zip(runs, ("one", "one", "two", "two")):
-        run.metrics["dataset"] = "folder"
-        run.checkpoint["config"] |= {"data": place, "train_list": None}
-    header, one, two = evaluate.make_table(runs, published=False)
-    assert header[2] == "data" and (one[2], one[-1], two[2], two[-1]) == ("one", "2", "two", "2")
-    for run, place in zip(runs, "abab"):
-        run.metrics["dataset"] = "camvid"
-        run.checkpoint["config"] |= {"train_list": place}  # their folders may have moved
-    assert [row[2] for row in evaluate.make_table(runs, published=False)] == ["train list", "a", "b"]
+def test_runs_on_other_folders_or_classes_are_other_settings():
+    runs = [made_up_run(f"run{i}", 60.0 + i, seed=i, data=place) for i, place in enumerate("aabb")]
     for run in runs:
         run.metrics["dataset"] = "folder"
-        run.checkpoint["config"] |= {"data": "R&D_100%", "train_list": None}
-    runs[0].checkpoint["classes"] = ["other"]
-    table = evaluate.make_table(runs, published=False)
-    assert [row[-1] for row in table] == ["Seeds", "1", "3"]  # classes of one name are no others
-    assert r"R\&D\_100\%" in evaluate.render([["a", "R&D_100%"]], "latex")
+    header, one, two = evaluate.make_table(runs, [])
+    assert header[2] == "data" and (one[2], one[-1], two[2], two[-1]) == ("a", 2, "b", 2)
+    runs[0].checkpoint["classes"] = ["other"]  # classes of one name are no others
+    assert [row[-1] for row in evaluate.make_table(runs, [])] == ["Seeds", 1, 1, 2]
 
 
-def test_the_list_of_runs_has_a_row_for_each_with_all_digits():
-    runs = [made_up_run("a", 60.123456, k=2), made_up_run("b, c", 61.0, 1), made_up_run("d", 62.5, 2)]
-    text = evaluate.render(evaluate.list_runs(runs), "csv")
-    rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["run"] for row in rows] == ["a", "b, c", "d"]
-    assert [row["k"] for row in rows] == ["2", "3", "3"]
-    assert [row["seed"] for row in rows] == ["0", "1", "2"] and float(rows[0]["mIoU"]) == 60.123456
-    for run, row in zip(runs, rows):
-        assert float(row["GFLOPs"]) == run.metrics["gflops"]["paper"]["mean"]
-        assert float(row["Inter"]) == run.metrics["inter"]
-        assert sum(map(int, row["images per expert"].split())) == 6
-        assert (row["dataset"], row["split"], row["variant"]) == ("shapes", "val", "divdr-a")
-
-
-def test_a_dollar_in_a_name_is_no_mathematics():
-    figure, ((ax,),) = evaluate.new_figure(2, 2)
-    ax.set(title=r"road $\frac{$", yscale="log", ylim=(1, 1000))
-    file = io.BytesIO()
-    evaluate.write_figure(figure, file, "pdf")
-    assert len(file.getvalue()) > 1000
-
-
-def test_what_has_full_gates_says_so_and_updates_of_kmeans_can_be_swept():
-    runs = [made_up_run("dr", 58.0, variant="dr-raw", gate="full"), made_up_run("divdr", 60.0)]
-    runs.append(made_up_run("seldom", 61.0, kmeans_every=200))
-    header, raw, divdr, _, *paper = evaluate.make_table(runs, published=True)
-    backbones = [row[header.index("Backbone")] for row in (raw, divdr)]
-    assert backbones == ["Layer4, width 8, full gates", "Layer4, width 8"]
-    full = {row[0] for row in paper if row[1].endswith(", full gates")}
-    assert full == {row[0] for row in paper if row[0].startswith("Dynamic-Raw")} and len(full) == 6
-    legend = evaluate.draw_trade_off(runs, False).axes[0].get_legend().get_texts()
-    assert legend[0].get_text() == "DR-Raw, full gates, K-means every 50"
-    figure = evaluate.draw_routes(runs[1], runs, None)
-    assert any("Dynamic Routing, full gates" in ax.get_title() for ax in figure.axes)
-    figure = evaluate.draw_ablations(runs[1:])
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [60.0, 61.0]
-    assert [ax.get_xlabel() for ax in figure.axes if ax.get_xlabel()] == ["K-means every"]
-
-
-def test_the_published_rows_are_all_there():
-    count = {}
-    for row in csv.DictReader((HERE / "assets" / "published.csv").open()):
-        count[row["source"]] = count.get(row["source"], 0) + 1
-        assert 30 < float(row["score"]) < 85 and 15 < float(row["gflops"]) < 2100
-        assert row["measure"] in ("mIoU", "box AP", "mask AP")
-    assert count == {
-        "DivDR Table 1": 13, "DivDR Table 2": 4, "DivDR Table 3": 8, "DivDR Table 4": 7, "DivDR Table 5": 7,
-        "DR paper": 7, "DR repository": 7}
-
-
-def test_beside_a_run_stand_all_published_rows_of_its_task():
-    rows = list(csv.DictReader((HERE / "assets" / "published.csv").open()))
-    run = made_up_run("run", 60.0)
-    for task, scores in (("segmentation", ["mIoU"]), ("detection", ["box AP", "mask AP"])):
-        run.checkpoint["task"] = task
-        if task == "detection":
-            run.metrics |= {"miou": None, "box": {"AP": 30.0}}
-        header, _, *table = evaluate.make_table([run], published=True)
-        expected = [row for row in rows if row["measure"] in scores]
-        assert [name for name in header if name.endswith("val")] == [f"{score} val" for score in scores]
-        assert [row[0] for row in table] == [f"{row['method']} ({row['source']})" for row in expected]
-        for ax, score in zip(evaluate.draw_trade_off([run], True).axes, scores, strict=True):
-            of_score = [row for row in expected if row["measure"] == score]
-            lines = [line for line in ax.get_legend().get_lines() if line.get_markerfacecolor() == "white"]
-            assert len(lines) == len(of_score)
-            colors = {}
-            for line, row in zip(lines, of_score):
-                source = "DR" if row["source"].startswith("DR ") else "DivDR"
-                colors.setdefault((source, row["method"].split("-")[0]), set()).add(line.get_color())
-            if score == "mIoU":  # Dynamic Routing's own numbers, and the other paper's of it
-                assert not colors["DR", "Dynamic"] & colors["DivDR", "DR"]
-
-
-def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
-    run, reference = made_up_run("divdr", 60.0), made_up_run("dr", 58.0, seed=1, variant="dr-a")
-    centers = run.clusters.centers
-    centers[0, 4] = 0.0  # keep of the second node of the first layer is closed
-    figure = evaluate.draw_routes(run, [run, reference], None)
-    shown = [*centers, run.result.A.mean(0), reference.result.A.mean(0)]
-    titles = ("expert 0", "expert 1", "expert 2: centre; no image", "all 6 images", "Dynamic Routing")
-
-    def collection(ax, label):
-        return next(c for c in ax.collections if c.get_label() == label)
-
-    for ax, values, title in zip(figure.axes[::2], shown, titles):
-        lines, expected, drawn = collection(ax, "more"), {}, {}
-        for ends, width in zip(lines.get_segments(), lines.get_linewidths()):
-            drawn[tuple(ends.flatten().tolist())] = width
-        for n, (layer, scale, _) in enumerate(run.grid):
-            for path, alpha in enumerate(values[3 * n : 3 * n + 3].tolist()):
-                if alpha > evaluate.LEAST:
-                    expected[layer, scale, layer + 1, scale + path - 1] = 0.5 + 3.5 * alpha
-        assert drawn == pytest.approx(expected) and ax.get_title().startswith(title)
-        nodes = collection(ax, "nodes").get_offsets().tolist()
-        assert nodes == [[layer, scale] for layer, scale, _ in run.grid]
-    difference = centers[0] - centers[1:].mean(0)
-    assert len(collection(figure.axes[1], "more").get_segments()) == (difference > 0.02).sum()
-    assert len(collection(figure.axes[1], "less").get_segments()) == (difference < -0.02).sum()
-
-
-def test_figures_and_tables_reuse_what_is_kept_beside_the_checkpoint_while_it_is_newer(trained, monkeypatch):
-    os.chdir(trained)
-    passes, original, figures = [], evaluate.evaluate_segmentation, {}
-    monkeypatch.setattr(evaluate, "evaluate_segmentation", lambda *args: passes.append(1) or original(*args))
-    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.update({name: figure}))
-
-    def count(*arguments):
-        passes.clear()
-        out = succeeds(evaluate.main, *arguments, QUIET)
-        return len(passes), out
-
-    checkpoint, copied = Path("runs/seg/last.pt"), Path("runs/copy/last.pt")
-    assert count(checkpoint)[0] == count(checkpoint)[0] == 1  # alone: always anew
-    assert count(checkpoint, "--figures drawn")[0] == 0
-    assert {name for name, figure in figures.items() if figure} == {
-        "predictions-seg", "experts-seg", "routes-seg", "training-seg", "activations", "trade-off"}
-    before = read_json("runs/seg/metrics.json")
-    assert count(checkpoint, "--format markdown --split train")[0] == 1
-    assert read_json("runs/seg/metrics.json") == before  # of val
-    assert read_json("runs/seg/metrics-train.json")["split"] == "train"
-    assert count(checkpoint, "--format markdown --data", trained / "camvid")[0] == 1  # other flags
-    assert count(checkpoint, "--format csv")[0] == 1  # and these again
-    shutil.copytree(checkpoint.parent, copied.parent)
-    time.sleep(0.01)
-    contents = torch.load(checkpoint, weights_only=True)
-    torch.save(contents | {"iteration": 11}, copied)  # newer than what is kept
-    passed, out = count(checkpoint, copied)
-    assert passed == 1 and "± 0.00" in out
-    assert out.splitlines()[1].endswith("2") and "iteration 11 of 12" in out
-    copied.with_name("log.jsonl").write_text("{}\n{}\n")
-    refuses(lambda: run(evaluate.main, copied, "--figures drawn", QUIET), "log.jsonl")
-
-
-# ============ experts cut out ============
-
-
-@pytest.fixture(scope="session")
-def cut_out(trained):
-    """The folder of `trained`, in which runs/seg is cut by the images that it is evaluated on into cut/."""
-    before = os.getcwd()
-    os.chdir(trained)
-    kept = "--keep 0 --cut-from val --figures cut-figures"
-    (trained / "printed").write_text(succeeds(evaluate.main, f"runs/seg/last.pt {QUIET} --experts cut", kept))
-    os.chdir(before)
-    return trained
-
-
-def test_cut_from_a_split_with_keep_0_experts_predict_there_what_the_routed_network_does(cut_out):
-    os.chdir(cut_out)
-    about, printed = read_json("cut/experts.json"), Path("printed").read_text()
-    network, checkpoint = model.load_checkpoint("runs/seg/last.pt")
-    clusters = kmeans.Clusters(**checkpoint["bank"]["clusters"])
-    dataset = data.segmentation_dataset("camvid", "camvid", "val", train=False)
-    routed, one, by_activations, dispatched = about["table"].values()
-    assert one["mIoU"] == by_activations["mIoU"] == routed["mIoU"]
-    assert printed.count(f"{routed['mIoU']:.2f}") >= 3
-    assert dispatched["mIoU"] == pytest.approx(routed["mIoU"], abs=2)  # it may send an image elsewhere
-    sizes, sent = [0, 0], []
-    for image, _, _ in dataset:
-        with torch.no_grad():
-            out = network(data.normalize(image[None]))
-            own = clusters.nearest(out.A)[0].item()
-            fixed = network.cut(torch.tensor(about["routes"][f"expert-{own}"])).eval()
-            assert torch.equal(fixed(data.normalize(image[None])).logits.argmax(1), out.logits.argmax(1))
-        sizes[own] += 1
-        exact = {count: sum(fixed.real_cost(None, 64, 96, count).values()).item() for count in fixed.counts}
-        sent.append(exact["exact"] / 1e9)
-    assert [expert["images"] for expert in about["experts"]] == sizes
-    by_A = about["table"]["2 experts, by A(x)"]
-    assert by_A["GFLOPs exact"] == pytest.approx(sum(sent) / 12)
-    assert sorted(os.listdir("cut-figures")) == ["cut-seg.pdf", "cut-seg.png", "keep.pdf", "keep.png"]
-    for j, expert in enumerate(about["experts"]):
-        assert f"{expert['parameters']:,d}" in printed
-        assert sum(map(sum, about["routes"][f"expert-{j}"])) == expert["open paths"]
-
-
-@torch.no_grad()
-def test_exported_experts_run_as_the_readme_says_and_hold_none_of_our_code(cut_out):
-    shutil.copytree(cut_out / "cut", "DIR")
-    picture = np.array(Image.open(cut_out / "camvid" / "val" / "02.png"))[:50]  # to be padded
-    Image.fromarray(picture).save("picture.png")
-    code = re.search(r"```python\n(import json.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
-    code += "torch.save([dispatcher(x).argmax().item(), logits], 'seen')\n"
-    code += "import sys\nassert not {'routing', 'model', 'evaluate'} & sys.modules.keys()\n"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})
-    expert, logits = torch.load("seen", weights_only=True)
-    network = model.load_checkpoint(cut_out / "runs" / "seg" / "last.pt")[0]
-    route = torch.tensor(read_json("DIR/experts.json")["routes"][f"expert-{expert}"])
-    image = data.normalize(torch.from_numpy(picture).permute(2, 0, 1)[None])
-    torch.testing.assert_close(logits, network.cut(route).eval()(image).logits[0], rtol=1e-4, atol=1e-4)
-    for path in Path("DIR").glob("*.pt2"):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                text = archive.read(name) if "weight" not in name else b""
-                assert not re.search(rb"\.py\b|/home|/tmp|/work|routing|Backbone|__main__", text), name
-    assert str(cut_out) not in Path("DIR/experts.json").read_text()
-
-
-@pytest.mark.parametrize("gate", ["small", "full"])
-@torch.no_grad()
-def test_an_export_takes_any_batch_and_size_and_costs_what_is_counted(gate):
-    from torch.export.passes import move_to_device_pass
-
-    torch.manual_seed(0)
-    network = model.build_model("dr-a", "segmentation", 4, layers=5, width=4, gate=gate)
-    let_gates_decide(network)
-    everything = network.backbone.open_routes().alpha[0] > 0
-    fixed = network.cut(everything & (random_alphas(1, network.backbone.num_nodes, 4)[0] > 0)).eval()
-    least = {"small": 256, "full": 64}[gate]
-    program = evaluate.export_program(model.Exportable(fixed), 32, least, None)[0]
-    for shape in ((1, 3, least, least), (3, 3, 288, 320)):
-        images, run = torch.randn(shape), program.module()
-        torch.testing.assert_close(run(images), fixed(images).logits, rtol=1e-4, atol=1e-4)
-        with FlopCounterMode(display=False) as counter:
-            run(images[:1])
-        assert counter.get_total_flops() == 2 * sum(fixed.real_cost(None, *shape[2:], "conv").values()).item()
-    elsewhere = move_to_device_pass(program, "meta").module()
-    assert elsewhere(torch.zeros(1, 3, 288, 320, device="meta")).shape == (1, 4, 288, 320)
-    for shape in ((1, 3, 300, 320), (1, 3, least - 32, 320), (1, 4, 288, 320)):
-        with pytest.raises(Exception, match="Expected input"):
-            run(torch.zeros(shape))
-
-
-def test_onnx_gives_the_same_result(monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    fixed = model.build_model("fixed-route", "segmentation", 4, 4, 4, route=routing.named_route("u-net", 4))
-    program, example = evaluate.export_program(model.Exportable(fixed.eval()), 32, 64, None)
-    file, images = io.BytesIO(), torch.randn(3, 3, 96, 64)
-    evaluate.write_onnx(program, example, ["logits"], file)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-    wanted = fixed(images).logits.detach()
-    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
-    small = "--size 64 64 --layers 4 --width 4 --runs 1 --device cpu --batch 1 --openness 0.5 --onnx"
-    assert "onnxruntime" in succeeds(flops.main, "speed", small)
-
-
-def test_pictures_go_to_exported_experts(cut_out, capsys):
-    shutil.copytree(cut_out / "cut", "cut")
-    shutil.copytree(cut_out / "camvid" / "val", "in")
-    command = f"cut/experts.json {QUIET} --image"
-    out = succeeds(evaluate.main, command, "in --out shown --figures drawn")
-    assert len(re.findall(r"expert [01] of 2, by the dispatcher", out)) == len(os.listdir("shown")) == 12
-    assert os.path.exists("drawn/route-03.png.pdf")
-    assert (np.array(Image.open("shown/03.png.png")) != np.array(Image.open("in/03.png"))).any()
-    Image.new("RGB", (40, 70)).save("small.png")
-    refuses(lambda: run(evaluate.main, command, "small.png"), "small.png", "40x70", "96x64", "--export-size")
-    Path("other.json").write_text("{}")
-    refuses(lambda: run(evaluate.main, f"other.json {QUIET} --image small.png"), "other.json", "--experts")
-    about = read_json("cut/experts.json")
-    routes = {name: route[:-1] for name, route in about["routes"].items()}
-    for changed, words in [
-        ({"layers": 10**9}, "no experts.json"), ({"palette": []}, "no experts.json"),
-        ({"routes": routes}, "no experts.json"), ({"experts": 3}, "no experts.json"),
-        ({"classes": about["classes"][1:], "palette": about["palette"][1:]}, "export both again"),
-    ]:
-        Path("cut/changed.json").write_text(json.dumps(about | changed))
-        action = functools.partial(run, evaluate.main, f"cut/changed.json {QUIET} --image in/03.png")
-        refuses(action, ".json", words)
-    refuses(lambda: run(evaluate.main, f"cut/experts.json {QUIET}"), "--image")
-    torch.save({"code": HERE}, "code.pt")  # a path is an object, which could be any
-    pickled = json.dumps({"config": {"w": {"path_name": "w", "use_pickle": True}}}, separators=(",", ":"))
-    for name, content in [
-        ("data/sample_inputs/other.pt", Path("code.pt").read_bytes()), ("data/opaque_obj_0", b"anything"),
-        ("data/weights/other_weights_config.json", pickled),
-    ]:
-        shutil.copy(cut_out / "cut" / "expert-0.pt2", "cut")
-        with zipfile.ZipFile("cut/expert-0.pt2", "a") as archive:
-            archive.writestr(f"archive/{name}", content)
-        refuses(lambda: run(evaluate.main, command, "in"), "expert-0.pt2", "never read")
-    os.remove("cut/expert-0.pt2")
-    refuses(lambda: run(evaluate.main, command, "in"), "expert-0.pt2", "no such file")
-
-
-def test_what_has_no_experts_is_refused(cut_out, monkeypatch):
-    os.chdir(cut_out)
-    for flags, word in [
-        ("--experts c --image camvid/val", "--image"), ("--keep 0.1", "--experts"), ("--onnx", "--experts"),
-        ("--experts c --export-size 100 64", "multiples of 32"),
-    ]:
-        refuses(lambda: run(evaluate.main, f"runs/seg/last.pt {QUIET}", flags), word)
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    refuses(lambda: run(evaluate.main, f"runs/seg/last.pt {QUIET} --experts c --onnx"), "pip install onnx")
-
-
-def test_experts_of_a_detector_find_what_it_finds_and_their_pyramids_are_exported(trained):
-    os.chdir(trained)
-    command = f"runs/det/last.pt {QUIET} --experts cut-det --keep 0 --cut-from val --format markdown"
-    os.makedirs("cut-det", exist_ok=True)
-    for name in ("expert-7.pt2", "dispatcher.onnx", "mine.onnx"):
-        Path("cut-det", name).write_text("of before")
-    out = succeeds(evaluate.main, command)
-    written = {f"{name}.pt2" for name in [*read_json("cut-det/experts.json")["routes"], "dispatcher"]}
-    assert set(os.listdir("cut-det")) == written | {"experts.json", "mine.onnx"}
-    assert "box AP" in out and "mask AP" in out and "heads are not exported" in out
-    refuses(lambda: run(evaluate.main, "cut-det/experts.json --image coco/val2017", QUIET), "heads")
-    routed, *rows = read_json("cut-det/experts.json")["table"].values()
-    for row in rows:
-        assert row["box AP"] == pytest.approx(routed["box AP"]) and row["GFLOPs exact"] > 0
-    detector = model.load_checkpoint("runs/det/last.pt")[0]
-    route = torch.tensor(read_json("cut-det/experts.json")["routes"]["one-for-all"])
-    size = [read_json("cut-det/experts.json")["least"]] * 2  # images of several sizes
-    exported, images = torch.export.load("cut-det/one-for-all.pt2").module(), torch.rand(2, 3, *size)
-    fixed = detector.cut(route).eval()
-    with torch.no_grad():
-        for got, wanted in zip(exported(images), fixed.pyramid(images).values(), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-        found = fixed([images[0]]).detections[0]
-        assert {"boxes", "scores", "labels", "masks"} == found.keys()
-
-
-def test_the_dispatcher_decides_by_gaussians_of_one_covariance():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % 4
-    labels = labels.where(labels < 3, 0)  # class 3 has no sample, class 0 twice as many
-    spread = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
-    means = 2 * torch.randn(3, 6, generator=generator)
-    x = means[labels] + torch.randn(400, 6, generator=generator) @ spread
-    scores = model.fit_dispatcher(x, labels, 4)(x)
-    centers = torch.stack([x[labels == k].mean(0) for k in range(3)]).double()
-    covariance = torch.cov((x.double() - centers[labels]).T, correction=0)
-    density = torch.distributions.MultivariateNormal(centers, covariance).log_prob(x[:, None].double())
-    wanted = density + (labels.bincount() / 400).log()
-    assert torch.equal(scores.argmax(1), wanted.argmax(1))
-    torch.testing.assert_close(
-        (scores[:, 1:3] - scores[:, :1]).double(), wanted[:, 1:] - wanted[:, :1], rtol=2e-2, atol=2e-2)
-
-
-def test_a_fixed_route_trains_resumes_and_is_drawn(cut_out, monkeypatch):
-    os.symlink(cut_out / "camvid", "camvid")
-    flags = f"{TINY_SEG} --iters 4 --eval-every 4".replace("--k 2", "").replace("--kmeans-every 3", "")
-    experts = Path(shutil.copy(cut_out / "cut" / "experts.json", "routes.json"))
-    succeeds(train_seg.main, flags, "--route u-net --init", cut_out / "runs" / "seg" / "last.pt")
-    succeeds(train_seg.main, flags, "--name expert --route", f"{experts}:expert-1")
-    network, checkpoint = model.load_checkpoint("runs/expert/last.pt")
-    assert network.backbone.route.int().tolist() == read_json(experts)["routes"]["expert-1"]
-    assert not parts_of(network, routing.Gate) and checkpoint["bank"]["clusters"] is None
-    cost = sum(network.real_cost(None, 64, 64).values()).item() / 1e9
-    assert events(Path("runs/expert"), "train")[-1]["gflops_real"] == pytest.approx(cost)
-    refuses(lambda: run(train_seg.main, flags, "--name expert --resume --route u-net"), "--route u-net")
-    figures = []
-    monkeypatch.setattr(evaluate, "save_figure", lambda figure, folder, name: figures.append((name, figure)))
-    runs = "runs/expert/last.pt runs/camvid-u-net-seed0/last.pt"
-    out = succeeds(evaluate.main, runs, QUIET, "--figures drawn")
-    assert re.search(r"u-net +Layer4, width 4", out) and "routes.json:expert-1" in out
-    assert {"routes-expert", "routes-camvid-u-net-seed0"} <= {name for name, figure in figures if figure}
-    refuses(lambda: run(evaluate.main, "runs/expert/last.pt --experts c", QUIET), "static")
-    os.remove("routes.json")  # what is resumed has its route
-    assert "is done" in succeeds(train_seg.main, flags, "--name expert --resume --route routes.json:expert-1")
+def test_what_has_full_gates_or_another_weight_than_its_variant_says_so():
+    runs = [made_up_run("dr", 58.0, variant="dr-raw", gate="full"), made_up_run("divdr", 60.0, lambda2=0.1)]
+    runs.append(made_up_run("strong", 61.0, lambda2=0.5))
+    header, raw, usual, strong = evaluate.make_table(runs, [])
+    assert [row[1] for row in (raw, usual)] == ["Layer4, width 8, full gates", "Layer4, width 8"]
+    assert header[2] == "λ2" and [usual[2], strong[2]] == ["–", "0.5"]
+    assert evaluate.group_runs(runs)[0].label == "DR-Raw, full gates, λ2 –"
 
 
 # ============ resuming ============
+
 
 SHORT = "--dataset shapes --size 32 --subsets 2 --width 4 --bn-batches 2 --kmeans-every 3 --log-every 4"
 SHORT += " --batch 4 --save-every 1 --device cpu --workers 1 --resume auto"

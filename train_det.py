@@ -27,11 +27,13 @@ from torch import Tensor, nn
 import data
 import evaluate
 from losses import budget_ramp, clustering_loss, cost_loss
-from model import VARIANTS, InputError, number, one_line_errors, save_checkpoint, start_process
+from model import (
+    VARIANTS, InputError, number, one_line_errors, read_weights, save_checkpoint, start_process,
+)
 from train_seg import (
-    VIEWS_EVERY, Log, complete, distribute, finish, gate_gradients, kmeans_interval, look_again, make_bank,
-    make_model, make_optimizer, mean_over_ranks, names_of, open_run, recompute_activations,
-    reestimate_batch_norm, route_cost, settle, shapes_options, shared_settings, warm_up,
+    VIEWS_EVERY, Log, check_same, distribute, fingerprint, finish, kmeans_interval, last_step, make_bank,
+    make_model, make_optimizer, mean_over_ranks, open_run, parse, recompute_activations,
+    reestimate_batch_norm, resolve, shapes_options, shared_settings, warm_up,
 )
 
 # ============ settings ============
@@ -52,7 +54,7 @@ RECIPES = {
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of this script."""
+    """The command line of this script; `resolve` fills in the rest."""
     parser = shared_settings(argv, __doc__, "detection", RECIPES)
     add = parser.add_argument_group("detection").add_argument
     add("--train-json", help="annotations to train on, in COCO's format, in place of those in --data")
@@ -68,13 +70,10 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rois", type=number(int, 1), help="regions per image that the box head is trained on")
     add("--lr-steps", type=number(int, 1), nargs="+",
         help="iterations after which the learning rate falls to a tenth; by default 2/3 and 8/9 of --iters")
-    config = parser.parse_args(argv)
-    if config.name is None:
-        kind = "masks" if config.masks else "boxes"
-        config.name = f"{config.dataset}-{kind}-{config.variant}-seed{config.seed}"
-    config = complete(parser, config, RECIPES)
-    if config.lr_steps is None:
-        config.lr_steps = [round(config.iters * 2 / 3), round(config.iters * 8 / 9)]
+    config = parse(parser, argv)
+    kind = "masks" if config.masks else "boxes"
+    config.name = config.name or f"{config.dataset}-{kind}-{config.variant}-seed{config.seed}"
+    config.lr_steps = config.lr_steps or [round(config.iters * 2 / 3), round(config.iters * 8 / 9)]
     return config
 
 
@@ -86,9 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     config = settings(argv)
     process = start_process(config.device, config.workers)
     rank, world, device = process
-    settle(config, process)
     torch.manual_seed(config.seed)
     folder = Path(config.out) / config.name
+    saved = open_run(folder, config, process)  # the checkpoint to go on from; None: a new run
+    weights = read_weights(config.init) if config.init and not saved else None
+    resolve(config, process, RECIPES[config.dataset], saved, weights)
 
     # ============ data ============
     options = shapes_options(config) | ({"limit": config.limit} if config.limit else {})
@@ -112,9 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         width=config.width, gate=config.gate, pyramid=config.pyramid, masks=config.masks,
         short_sides=config.short_sides, long_side=config.long_side, anchor=config.anchor,
         proposals=config.proposals, rois=config.rois, frozen=bool(static and config.init))
-    saved = open_run(folder, config, process, train_set.classes, train_set)  # None: a new run
     model_args = saved["model_args"] if saved else model_args  # --init need not be repeated
-    model = make_model(model_args, config, process, saved, RECIPES[config.dataset]["lr"])
+    model = make_model(model_args, config, process, saved, weights)
     optimizer = make_optimizer(model, config)
 
     def learning_rate(step: int) -> float:
@@ -123,14 +123,12 @@ def main(argv: list[str] | None = None) -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
     network = distribute(model, process, config.compile)
-
-    # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    next_kmeans = config.kmeans_every
 
     # ============ resuming ============
-    done, best, log_bytes = 0, -math.inf, 0
+    done, best, next_kmeans, log_bytes = 0, -math.inf, config.kmeans_every, 0
     if saved is not None:
+        check_same(saved, config, train_set, train_set.classes)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         bank.load_state_dict(saved["bank"])
@@ -142,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     about = dict(
         model_args=model_args, task="detection", dataset=config.dataset, data=config.data,
         data_options=options, files=files, classes=train_set.classes, category_ids=train_set.category_ids,
-        palette=[list(color) for color in train_set.palette], names=names_of(train_set),
+        palette=[list(color) for color in train_set.palette], names=fingerprint(train_set),
         config=vars(config))
 
     # ============ the alternation ============
@@ -162,19 +160,19 @@ def main(argv: list[str] | None = None) -> None:
             out = network(images, targets)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {name.removeprefix("loss_"): loss for name, loss in out.losses.items()}  # L_task, in parts
+        pulls = None
         if config.lambda1:
-            share = out.cost / model.budgeted_cost(*out.padded)  # ranks differ in size
+            share = out.cost / model.full_cost(*out.padded)  # ranks differ in size
             share = mean_over_ranks(share, world)
             ramp = budget_ramp((iteration - 1) / config.iters)
             terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
-            terms["clustering"] = config.lambda2 * clustering_loss(
-                A, clusters.centers, clusters.sigma2, config.margin, clusters.labels[index])
+            own = clusters.labels[index]
+            pulls = clustering_loss(
+                A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
+            terms["clustering"] = config.lambda2 * pulls.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
-        of_gates = {}
-        if logging:
-            of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -184,9 +182,14 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
+        seen = A.detach()
         if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
-            A = look_again(model, bank, data.change_look(images), A, config)
-        bank.update(index, A)
+            # The same images with another look: K-means counts little what that changes in A(x).
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                other = model.routes(data.change_look(images)).activations(config.gate_space)
+            bank.update_views(A, other)
+            seen = (seen + other) / 2
+        bank.update(index, seen)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.check(iteration)  # K-means must not see what is not finite
@@ -206,10 +209,10 @@ def main(argv: list[str] | None = None) -> None:
         # ============ logging, evaluating, saving ============
         improved = False
         if logging:
-            log.steps_line(iteration, lr, route_cost(model, out, out.padded) | of_gates)
+            log.steps_line(iteration, lr, last_step(model, out, out.padded, pulls))
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
-                train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
+                train_set, config.batch, config.workers, config.seed + 1, rank, world)
             bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
             inputs = (to_device(x, [], device)[0] for x, _, _ in bn_batches)
             padded = (model.prepare(x)[0].tensors for x in inputs)

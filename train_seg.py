@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -44,10 +45,11 @@ import evaluate
 from kmeans import ActivationBank, describe_collapse, inter_intra, intra_to_centre
 from losses import budget_ramp, clustering_loss, cost_loss
 from model import (
-    VARIANTS, InputError, Parser, Process, build_model, cores_per_process, initialize, make_folder, number,
-    one_line_errors, read_file, read_route, save_checkpoint, start_process, variants_of,
+    ROUTES, VARIANTS, InputError, Parser, Process, build_model, cores_per_process, extra, initialize,
+    make_folder, number, one_line_errors, read_file, read_weights, save_checkpoint, start_process,
+    variants_of,
 )
-from routing import OPEN, ROUTES, Gate, RoutedBackbone, Routes
+from routing import Gate, RoutedBackbone
 
 # ============ settings ============
 
@@ -65,15 +67,10 @@ RECIPES = {
 # at random, have of it.
 FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
 VIEWS_EVERY = 4  # iterations from one second look at a batch to the next, --metric views
-# Settings that networks without gates have no use for.
-OF_GATES = (
-    "gate_lr", "lambda1", "budget", "lambda2", "margin", "k", "kmeans_every", "kmeans_anneal", "activations",
-    "bank_age", "metric", "oracle", "gate_space",
-)
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of this script."""
+    """The command line of this script; `resolve` fills in the rest."""
     recipes = {}
     for name, info in data.SEGMENTATION.items():
         recipes[name] = RECIPES.get(name, RECIPES["camvid"]) | dict(
@@ -91,38 +88,23 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{split}-list", metavar="FILE", help="folder: text file of the images to use, one to a line")
     add("--classes", metavar="FILE",
         help="folder: table of id, name, red, green, blue, by default classes.csv in --data if it is there")
-    config = parser.parse_args(argv)
+    config = parse(parser, argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
-    check_own_files(parser, config)
-    return complete(parser, config, recipes)
-
-
-def check_own_files(parser: Parser, config: argparse.Namespace) -> None:
-    """The flags of --dataset folder: of no other data set, and enough of them."""
-    flags = [f"{split}-{what}" for split in ("train", "val") for what in ("images", "labels", "list")]
-    given = [flag for flag in (*flags, "classes") if getattr(config, flag.replace("-", "_"))]
+    flags = [f"{split}_{what}" for split in ("train", "val") for what in ("images", "labels", "list")]
+    given = [flag for flag in (*flags, "classes") if getattr(config, flag)]
     needed = [flag for flag in flags if flag not in given and not flag.endswith("list")]
     if given and config.dataset != "folder":
-        parser.error(f"--{given[0]}: goes with --dataset folder alone")
+        parser.error(f"{as_flag(given[0])}: goes with --dataset folder alone")
     if needed and config.dataset == "folder" and not config.data:
-        parser.error(f"--dataset folder: needs --data DIR, or else --{needed[0]} too")
+        parser.error(f"--dataset folder: needs --data DIR, or else {as_flag(needed[0])} too")
+    network = re.sub(r"[^\w.-]+", "-", config.route) if config.route else config.variant
+    config.name = config.name or f"{config.dataset}-{network}-seed{config.seed}"
+    return config
 
 
-def own_files(config: argparse.Namespace) -> dict[str, dict[str, str | None]]:
-    """By split, the folders and the list that the flags of --dataset folder name."""
-    train = {"images": config.train_images, "labels": config.train_labels, "names": config.train_list}
-    val = {"images": config.val_images, "labels": config.val_labels, "names": config.val_list}
-    return {"train": train, "val": val}
-
-
-def look_at_folder(config: argparse.Namespace) -> data.DatasetInfo:
-    """What the labels of --dataset folder say; fills in the settings that suit its images."""
-    info = data.folder_info(config.data, own_files(config), config.classes)
-    for name in ("crop", "short_sides", "batch"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(info, name))
-    return info
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def shared_settings(argv, description: str, task: str, recipes: dict[str, dict]) -> Parser:
@@ -177,16 +159,17 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--lr", type=number(float, 0),
         help="learning rate after warm-up; by default the data set's, or with --init weights without gates "
              f"{FROM_WEIGHTS['lr']}")
-    add("--gate-lr", type=number(float, 0),
-        help=f"that of the gates over --lr; by default 1, or with --init weights without gates "
-             f"{FROM_WEIGHTS['gate_lr']}")
     add("--warmup", type=number(int, 0),
         help="steps of linear warm-up from 0.001 x lr; by default the data set's, at most --iters / 10")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="weight decay; norm weights have none")
     add("--clip", type=number(float, 0), help="largest gradient norm; 0: any")
 
-    add = parser.add_argument_group("method").add_argument
+    method = parser.add_argument_group("method (networks with gates)")
+    add = method.add_argument
+    add("--gate-lr", type=number(float, 0),
+        help=f"learning rate of the gates over --lr; by default 1, or with --init weights without gates "
+             f"{FROM_WEIGHTS['gate_lr']}")
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
@@ -206,6 +189,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
         help="shapes: the means of the true subsets are the centres; sets --metric plain")
     add("--gate-space", choices=["alpha", "logit"], default="alpha",
         help="cluster what gates give, or that before their tanh")
+    parser.of_gates = [action.dest for action in method._group_actions]
 
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
@@ -217,53 +201,59 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     return parser
 
 
-def complete(parser: Parser, config: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
-    """Fills in the settings that follow from others; k stays None where there is nothing to cluster.
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line; refuses settings that a network without gates never reads."""
+    config = parser.parse_args(argv)
+    for name in parser.of_gates if VARIANTS[config.variant].static else ():
+        if getattr(config, name) != parser.get_default(name):
+            parser.error(f"{as_flag(name)}: does not apply to {config.variant}, which has no gates")
+    return config
 
-    Refuses those that a network without gates never reads.
+
+def resolve(config, process: Process, recipe: dict, saved: dict | None, weights, info=None) -> None:
+    """Fills in all settings that follow from others or from what is found; from here on they are only read.
+
+    recipe: of the data set. saved: the checkpoint that the run goes on from. weights: of --init, by name.
+    info: what the labels of --dataset folder say. Raises InputError for settings that do not go together.
     """
-    if VARIANTS[config.variant].static:
-        for name in OF_GATES:
-            if getattr(config, name) != parser.get_default(name):
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag}: does not apply to {config.variant}, which has no gates")
-    if config.name is None:
-        network = re.sub(r"[^\w.-]+", "-", config.route) if vars(config).get("route") else config.variant
-        config.name = f"{config.dataset}-{network}-seed{config.seed}"
-    if config.k is None and not VARIANTS[config.variant].static:
+    variant, device = VARIANTS[config.variant], process.device
+    for name in ("crop", "short_sides", "batch") if info else ():
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(info, name))
+    if config.k is None and not variant.static:
         config.k = config.subsets if config.dataset == "shapes" else 4
     if config.oracle:
         config.metric = "plain"
     if config.warmup is None:
-        config.warmup = min(recipes[config.dataset]["warmup"], config.iters // 10)
-    return config
+        config.warmup = min(recipe["warmup"], config.iters // 10)
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    asked_for_amp, config.amp = config.amp, on_gpu if config.amp is None else config.amp
+    rates = dict(init=None, lr=recipe["lr"], gate_lr=1.0)
+    if saved:  # these need not be repeated
+        rates = {name: saved["config"][name] for name in rates}
+    elif weights and variant.static:
+        rates["lr"] = FROM_WEIGHTS["lr"]
+    elif weights and not any(".gate." in name for name in weights):
+        rates |= FROM_WEIGHTS
+    for name, rate in rates.items():
+        if getattr(config, name) is None:
+            setattr(config, name, rate)
 
-
-def shapes_options(config: argparse.Namespace) -> dict:
-    """What the settings say of the shapes data set; of another, what does not apply to it."""
-    return {key: getattr(config, key) for key in ("subsets", "size") if getattr(config, key)}
-
-
-def settle(config: argparse.Namespace, process: Process) -> None:
-    """Raises InputError for settings that do not go together or not with the device; fills in --amp."""
-    variant, device = config.variant, process.device
+    route = vars(config).get("route")
+    if route and config.variant != "fixed-route":
+        raise InputError(f"--route {route}: trains without gates; leave --variant {config.variant} out")
+    if config.lambda1 and not config.budget:
+        raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     alone = device.type != "cuda" and config.batch // process.world == 1  # GPUs share their statistics
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
-    route = vars(config).get("route")
-    if route and variant != "fixed-route":
-        raise InputError(f"--route {route}: trains without gates; leave --variant {variant} out")
-    if config.lambda1 and not config.budget:
-        raise InputError(f"--lambda1 {config.lambda1}: needs the share to aim at, with --budget")
     if config.k and config.activations == "bank" and config.bank_age * config.batch < config.k:
         raise InputError(f"--bank-age {config.bank_age}: so few iterations never see --k {config.k} images")
     if config.compile and process.world > 1:
         words = "is for one process; shared batch norm would cut the compiled network at each of its layers"
         raise InputError(f"--compile: {words}")
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.amp and not on_gpu and device.type != "cpu":
+    if asked_for_amp and not on_gpu and device.type != "cpu":
         raise InputError(f"--amp: {device} has no bfloat16; leave it out")
-    config.amp = on_gpu if config.amp is None else config.amp
 
 
 # ============ training ============
@@ -276,34 +266,38 @@ def main(argv: list[str] | None = None) -> None:
     rank, world, device = process
     torch.manual_seed(config.seed)
     folder = Path(config.out) / config.name
+    saved = open_run(folder, config, process)  # the checkpoint to go on from; None: a new run
+    weights = read_weights(config.init) if config.init and not saved else None
 
     # ============ data ============
-    options, files = shapes_options(config), own_files(config)
-    info = look_at_folder(config) if config.dataset == "folder" else None
-    settle(config, process)
+    train_files = {"images": config.train_images, "labels": config.train_labels, "names": config.train_list}
+    val_files = {"images": config.val_images, "labels": config.val_labels, "names": config.val_list}
+    files, options, info = {"train": train_files, "val": val_files}, shapes_options(config), None
+    if config.dataset == "folder":
+        info = data.folder_info(config.data, files, config.classes)
+    resolve(config, process, RECIPES.get(config.dataset, RECIPES["camvid"]), saved, weights, info)
     torch.backends.cudnn.benchmark = config.crop is not None  # all images of one size
     train_set = data.segmentation_dataset(
         config.dataset, config.data, "train", train=True, crop=config.crop, short_sides=config.short_sides,
-        info=info, **files["train"], **options)
+        info=info, **train_files, **options)
     val_set = data.segmentation_dataset(
-        config.dataset, config.data, "val", train=False, info=info, **files["val"], **options)
+        config.dataset, config.data, "val", train=False, info=info, **val_files, **options)
     check_labels(train_set, val_set)
-    config.eval_batch = config.eval_batch or val_set.eval_batch
     loader = data.train_loader(train_set, config.batch, config.workers, config.seed, rank, world)
-    val_loader = data.pass_loader(val_set, config.eval_batch, config.workers, rank, world)
+    eval_batch = config.eval_batch or val_set.eval_batch
+    val_loader = data.pass_loader(val_set, eval_batch, config.workers, rank, world)
     classes = list(train_set.info.classes)
 
     # ============ network ============
-    saved = open_run(folder, config, process, classes, train_set)  # None: a new run
     model_args = dict(
         variant=config.variant, task="segmentation", num_classes=len(classes), layers=config.layers,
         width=config.width, gate=config.gate)
     if saved:
         model_args = saved["model_args"]  # the json of --route need not be there any more
     elif config.route:
-        model_args["route"] = read_route(config.route, config.layers).tolist()
-    lr = RECIPES.get(config.dataset, RECIPES["camvid"])["lr"]
-    model = make_model(model_args, config, process, saved, lr)
+        baselines = extra("baselines", f"--route {config.route}")
+        model_args["route"] = baselines.read_route(config.route, config.layers).tolist()
+    model = make_model(model_args, config, process, saved, weights)
     optimizer = make_optimizer(model, config)
 
     def learning_rate(step: int) -> float:
@@ -312,14 +306,12 @@ def main(argv: list[str] | None = None) -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
     network = distribute(model, process, config.compile)
-
-    # ============ bank ============
     bank = make_bank(model, config, train_set, device)
-    next_kmeans = config.kmeans_every
 
     # ============ resuming ============
-    done, best, log_bytes = 0, -math.inf, 0
+    done, best, next_kmeans, log_bytes = 0, -math.inf, config.kmeans_every, 0
     if saved is not None:
+        check_same(saved, config, train_set, classes)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         bank.load_state_dict(saved["bank"])
@@ -331,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     about = dict(
         model_args=model_args, task="segmentation", dataset=config.dataset, data=config.data,
         data_options=options, files=files, info=info and dataclasses.asdict(info), classes=classes,
-        names=names_of(train_set), palette=[list(color) for color in train_set.info.palette],
+        names=fingerprint(train_set), palette=[list(color) for color in train_set.info.palette],
         config=vars(config))
 
     # ============ the alternation ============
@@ -343,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         saving = evaluating or iteration % config.save_every == 0
         logging = saving or iteration % config.log_every == 0
         images, masks, index = next(batches)
-        pixels = images.to(device, non_blocking=True)  # uint8
+        pixels = images.to(device, non_blocking=True)  # uint8 [B, 3, H, W]
         images = data.normalize(pixels)
         masks = masks.to(device, non_blocking=True).long()
         index = index.to(bank.values.device, non_blocking=True)
@@ -352,19 +344,18 @@ def main(argv: list[str] | None = None) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             out = network(images)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
-        terms = {"task": segmentation_loss(out.logits.float(), masks, world)}
+        terms, pulls = {"task": segmentation_loss(out.logits.float(), masks, world)}, None
         if config.lambda1:
-            cost, total = mean_over_ranks(out.cost, world), model.budgeted_cost(*images.shape[-2:])
+            cost, total = mean_over_ranks(out.cost, world), model.full_cost(*images.shape[-2:])
             ramp = budget_ramp((iteration - 1) / config.iters)
             terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
-            terms["clustering"] = config.lambda2 * clustering_loss(
-                A, clusters.centers, clusters.sigma2, config.margin, clusters.labels[index])
+            own = clusters.labels[index]
+            pulls = clustering_loss(
+                A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
+            terms["clustering"] = config.lambda2 * pulls.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
-        of_gates = {}
-        if logging:
-            of_gates = gate_gradients(terms, out.routes, config.gate_space, config.compile)
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -374,10 +365,14 @@ def main(argv: list[str] | None = None) -> None:
 
         # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
         # tells what the clusters are.
+        seen = A.detach()
         if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
-            other = data.normalize(data.change_look(pixels))
-            A = look_again(model, bank, other, A, config)
-        bank.update(index, A)
+            # The same images with another look: K-means counts little what that changes in A(x).
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                other = model.routes(data.normalize(data.change_look(pixels))).activations(config.gate_space)
+            bank.update_views(A, other)
+            seen = (seen + other) / 2
+        bank.update(index, seen)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.check(iteration)  # K-means must not see what is not finite
@@ -397,10 +392,10 @@ def main(argv: list[str] | None = None) -> None:
         # ============ logging, evaluating, saving ============
         improved = False
         if logging:
-            log.steps_line(iteration, lr, route_cost(model, out, images.shape[-2:]) | of_gates)
+            log.steps_line(iteration, lr, last_step(model, out, images.shape[-2:], pulls))
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
-                train_set, config.batch, config.workers, config.seed + 1, rank, world, persistent=False)
+                train_set, config.batch, config.workers, config.seed + 1, rank, world)
             bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
             inputs = (data.normalize(x.to(device)) for x, _, _ in bn_batches)
             reestimate_batch_norm(model, inputs, world)
@@ -426,26 +421,23 @@ def check_labels(train_set, val_set) -> None:
             raise InputError(f"{dataset.image_name(0)}: {words}")
 
 
+def shapes_options(config: argparse.Namespace) -> dict:
+    """What the settings say of the shapes data set; of another, what does not apply to it."""
+    return {key: getattr(config, key) for key in ("subsets", "size") if getattr(config, key)}
+
+
 # ============ what both training loops share: the network ============
 
 
-def make_model(model_args: dict, config, process: Process, saved: dict | None, lr: float) -> nn.Module:
-    """The model on its device, with the weights of the checkpoint `saved`, of --init, or random ones.
-
-    Fills in --lr and --gate-lr, which depend on whether --init starts the gates too; lr: the data set's.
-    """
-    model, rates = build_model(**model_args), dict(lr=lr, gate_lr=1.0)
+def make_model(model_args: dict, config, process: Process, saved: dict | None, weights) -> nn.Module:
+    """The model on its device, with weights of the checkpoint `saved`, of --init, or random ones."""
+    model = build_model(**model_args)
     if saved is not None:
         model.load_state_dict(saved["weights"])
-    elif config.init:
-        report = initialize(model, config.init)
-        if not any(".gate." in name for name in report.matched):
-            rates = FROM_WEIGHTS if model.dim else rates | {"lr": FROM_WEIGHTS["lr"]}
+    elif weights is not None:
+        report = initialize(model, weights, config.init)
         if process.rank == 0:
             print(f"{config.init}: {report}")
-    for name, rate in rates.items():
-        if getattr(config, name) is None:
-            setattr(config, name, rate)
     model = model.to(process.device)
     if process.world > 1 and process.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -481,7 +473,7 @@ def make_optimizer(model: nn.Module, config: argparse.Namespace) -> torch.optim.
     weights: dict[tuple, list] = {(1.0, config.weight_decay): []}  # by factor of the rate, and weight decay
     for module in model.modules():
         factor = config.gate_lr if id(module) in in_gates else 1.0
-        is_norm = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+        is_norm = isinstance(module, (_BatchNorm, nn.GroupNorm))
         group = weights.setdefault((factor, 0.0 if is_norm else config.weight_decay), [])
         group.extend(p for p in module.parameters(recurse=False) if p.requires_grad)
     groups = []
@@ -541,7 +533,7 @@ def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
             dist.all_reduce(counts)
         for node, count in zip(network.backbone.all_nodes(), counts.tolist()):
             for part in node.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm) and not count:
+                if isinstance(part, _BatchNorm) and not count:
                     part.reset_running_stats()
     for name, buffer in network.named_buffers():
         if name.endswith("running_var"):
@@ -569,26 +561,13 @@ def kmeans_interval(config: argparse.Namespace, iteration: int) -> int:
 
 
 @torch.no_grad()
-def look_again(model: nn.Module, bank: ActivationBank, images, A: Tensor, config) -> Tensor:
-    """--metric views: routes the images of a step once more, after it, for `bank.view_metric`.
-
-    images: as the model takes them, with another look. They move the running statistics of batch norm too,
-    which are re-estimated before evaluation. Returns the mean of both A(x), for the bank.
-    """
-    with torch.autocast(A.device.type, torch.bfloat16, enabled=config.amp):
-        other = model.routes(images).activations(config.gate_space)
-    bank.compare(A, other)
-    return (A.detach() + other) / 2
-
-
-@torch.no_grad()
 def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_space: str) -> None:
     """Fills the bank anew from one pass over the training set with frozen weights (figure 2 of the paper).
 
     batches: (input of the model, index). Batch norm uses the statistics of each batch, as in the steps whose
     loss will see the centres, and its running statistics stay as they are.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -598,45 +577,13 @@ def recompute_activations(model: nn.Module, bank: ActivationBank, batches, gate_
         norm.momentum = momentum
 
 
-def gate_gradients(
-    terms: dict[str, Tensor], routes: Routes, gate_space: str, compiled: bool
-) -> dict[str, Tensor]:
-    """What the loss terms of a step do to A(x), for the log; to be called before the backward pass.
-
-    A_gradient_task, _cost and _clustering: the norm of the gradient to A(x) of an image's own share of the
-    term, as it enters the sum, mean over the images. A closed path passes none on and is left out. Of cost
-    and clustering it is what they ask of A(x) directly; that of the task takes a backward pass of its own.
-    hinge_active: the share of images that the clustering loss moves; the others are beyond its margin, or,
-    in the first epoch, in no cluster yet. A compiled network, which goes backward once, leaves the task and
-    the cost out.
-    """
-    found, opened = {}, routes.alpha > OPEN
-    clustered = routes.logits if gate_space == "logit" else routes.alpha
-    task = sum(term for name, term in terms.items() if name not in ("cost", "clustering"))
-    for name, term, gates in [
-        ("task", task, routes.weights), ("cost", terms.get("cost"), [routes.alpha]),
-        ("clustering", terms.get("clustering"), [clustered]),
-    ]:
-        if term is None or not gates or compiled and name != "clustering":
-            continue
-        gradients = torch.autograd.grad(term, gates, retain_graph=True)
-        gradient = torch.cat(gradients, 1).float()  # [B, 1 + nodes, 3]
-        if gates[0] is not routes.logits:
-            gradient = gradient.where(opened, 0)
-        norms = len(gradient) * gradient[:, 1:].flatten(1).norm(dim=1)  # the init node is no part of A
-        found[f"A_gradient_{name}"] = norms.mean()
-        if name == "clustering":
-            found["hinge_active"] = (norms > 0).float().mean()
-    return found
-
-
 # ============ what both training loops share: the run ============
 
 
-def open_run(folder: Path, config, process: Process, classes: list, train_set) -> dict | None:
+def open_run(folder: Path, config, process: Process) -> dict | None:
     """The checkpoint that the run goes on from, or None for a new run; every rank reads it.
 
-    Raises InputError where there is nothing to resume, and for a run that would be overwritten or differs.
+    Raises InputError where there is nothing to resume, and for a run that would be overwritten.
     """
     path, saved = folder / "last.pt", None
     if path.exists():
@@ -651,31 +598,31 @@ def open_run(folder: Path, config, process: Process, classes: list, train_set) -
             raise InputError(f"--out {config.out}: must be one folder, on a disk that all machines share")
     if saved is None and config.resume == "yes":
         raise InputError(f"--resume: {folder} holds no run to go on with; start it without --resume")
-    if saved is None:
-        return None
-    if config.resume is None:
+    if saved is not None and config.resume is None:
         words = f"{folder} holds a run already; go on with --resume, or choose another name"
         raise InputError(f"--name {config.name}: {words}")
-    same_images = len(saved["bank"]["values"]) == len(train_set)
-    same_images &= saved.get("names", names_of(train_set)) == names_of(train_set)
-    for what, same in (("data", same_images), ("classes", saved["classes"] == classes)):
-        if not same:
-            raise InputError(f"--resume: {folder} was started with other {what}; choose another --name")
-    if saved.get("info") and saved["info"]["label_ids"] != train_set.info.label_ids:
-        raise InputError(f"--resume: {folder} was started with other ids of the classes; repeat their table")
-    for name in ("init", "lr", "gate_lr"):  # these need not be repeated
-        if getattr(config, name) is None:
-            setattr(config, name, saved["config"][name])
-    for key, value in saved["config"].items():
-        now = vars(config).get(key)
-        if key not in evaluate.FREE and json.dumps(now) != json.dumps(value):
-            was = "without it; leave it out" if value in (None, False) else f"with {value}; repeat that"
-            raise InputError(
-                f"--{key.replace('_', '-')} {now}: {folder} was started {was}, or choose another --name")
     return saved
 
 
-def names_of(dataset) -> int:
+def check_same(saved: dict, config, train_set, classes: list) -> None:
+    """Raises InputError where the run that goes on would be another: data, classes or a setting differ."""
+    started = f"--resume: {config.name} was started with other"
+    same_images = len(saved["bank"]["values"]) == len(train_set)
+    if not same_images or saved.get("names", fingerprint(train_set)) != fingerprint(train_set):
+        raise InputError(f"{started} data; choose another --name")
+    if saved["classes"] != classes:
+        raise InputError(f"{started} classes; choose another --name")
+    if saved.get("info") and saved["info"]["label_ids"] != train_set.info.label_ids:
+        raise InputError(f"{started} ids of the classes; repeat their table")
+    for key, value in saved["config"].items():
+        now = vars(config)[key]
+        if key not in evaluate.INCIDENTAL and json.dumps(now) != json.dumps(value):
+            was = "without it; leave it out" if value in (None, False) else f"with {value}; repeat that"
+            words = f"{config.name} was started {was}, or choose another --name"
+            raise InputError(f"{as_flag(key)} {now}: {words}")
+
+
+def fingerprint(dataset) -> int:
     """A number that differs for other images, and for another order, by which the bank knows them."""
     names = "\n".join(dataset.image_name(index) for index in range(len(dataset)))
     return zlib.crc32(names.encode(errors="surrogateescape"))
@@ -778,14 +725,18 @@ class Log:
             self.bar.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
 
 
-def route_cost(model: nn.Module, out, size: tuple[int, int]) -> dict[str, Tensor]:
-    """G multiply-adds per image of a batch: what ran, and what alpha expects of cells and paths."""
+def last_step(model: nn.Module, out, size: tuple[int, int], pulls: Tensor | None) -> dict[str, Tensor]:
+    """Of the step just done: G multiply-adds per image, what ran and what alpha expects of cells and paths.
+
+    hinge_active: the share of images that the clustering loss, `pulls` [B], moves; the others are beyond its
+    margin, or, in the first epoch, in no cluster yet.
+    """
     parts = model.real_cost(out.routes, *size, model.counts[0])
     real = sum(parts.values()).double().mean()
     routed = sum(parts[part].double().mean() for part in ("cells", "paths") if part in parts)
     costs = {"real": real, "expected": real - routed + out.cost.detach().cpu().double().mean()}
-    place = out.cost.device
-    return {f"gflops_{name}": (cost.float() / 1e9).to(place) for name, cost in costs.items()}
+    found = {f"gflops_{name}": (cost.float() / 1e9).to(out.cost.device) for name, cost in costs.items()}
+    return found if pulls is None else found | {"hinge_active": (pulls > 0).float().mean()}
 
 
 def finish(folder: Path, config: argparse.Namespace, process: Process, log: Log) -> None:
