@@ -164,7 +164,7 @@ def segmentation_dataset(
     augmentations, False gives each whole image at its own size. crop, short_sides: pixels, None for the data
     set's own; they act with train only. Of "folder" alone: info, what `folder_info` says; images and labels,
     their folders, in place of those under root; names, a text file of the images to take, one to a line.
-    These three need info. shapes_options: see extras/shapes.py.
+    shapes_options: see extras/shapes.py.
 
     Raises DataError for a missing folder, an image without label or a label without image, an unknown name.
     """
@@ -175,10 +175,7 @@ def segmentation_dataset(
         if any(own.values()):
             raise DataError(f"--dataset {name}: takes no folders of your own; they go with --dataset folder")
     elif info is None:
-        if any(own.values()):
-            raise DataError("folder: needs info, what folder_info says of all splits together")
-        there = [s for s in ("train", "val") if os.path.isdir(os.path.join(root or "", "images", s))]
-        info = folder_info(root, {s: {} for s in there or [split]})
+        raise DataError("folder: needs info, what folder_info says of all splits together")
     augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
     if name == "shapes":
         return _shapes().ShapesDataset(split, augment, **shapes_options)
@@ -325,9 +322,7 @@ def _check_size(image: str, size: tuple[int, int], said_by: str, other: tuple[in
 
 def _one_channel(ids: np.ndarray) -> np.ndarray:
     """[H, W, 3] with three equal channels -> [H, W]; else as it is."""
-    if ids.ndim == 3 and (ids == ids[..., :1]).all():
-        return ids[..., 0]
-    return ids
+    return ids[..., 0] if ids.ndim == 3 and (ids == ids[..., :1]).all() else ids
 
 
 def _code(rgb):
@@ -462,15 +457,15 @@ def folder_info(root: str | None, files: dict[str, dict], classes: str | None = 
     usual = os.path.join(root or "", "classes.csv")
     if classes is None and root and os.path.lexists(usual):
         classes = usual
-    return on_first_rank(lambda: _look_at_folder(root, files, classes))
+    return on_first_rank(lambda: _read_folder(root, files, classes))
 
 
-def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | None) -> DatasetInfo:
+def _read_folder(root: str | None, files: dict[str, dict], classes: str | None) -> DatasetInfo:
     info = read_classes(classes) if classes else SEGMENTATION["folder"]
     splits = [LabelledImages(info, root, split, None, **own) for split, own in files.items()]
     train = splits[0]
 
-    def look(pair: tuple[str, str]) -> tuple[int, set[int], dict[int, tuple]]:
+    def read(pair: tuple[str, str]) -> tuple[int, set[int], dict[int, tuple]]:
         """Short side of a label, the ids in it, and the colours that its palette gives them."""
         image, path = pair
         ids, palette = read_label(path)
@@ -487,7 +482,7 @@ def _look_at_folder(root: str | None, files: dict[str, dict], classes: str | Non
     for dataset in splits:
         pairs = [pair for pair in dataset.pairs if pair[1]]
         with ThreadPoolExecutor() as pool:
-            for (_, path), (side, used, painted) in zip(pairs, pool.map(look, pairs)):
+            for (_, path), (side, used, painted) in zip(pairs, pool.map(read, pairs)):
                 found |= used
                 if dataset is train:
                     sides.append(side)
@@ -562,11 +557,11 @@ def read_classes(path: str) -> DatasetInfo:
     return _info_of(names, colours, path)
 
 
-def _whole(text) -> int:
-    """A whole number; raises ValueError for text that is none."""
-    number = _number(text)
+def _whole(value) -> int:
+    """A whole number, or text that is one; raises ValueError, TypeError or OverflowError for all else."""
+    number = float(value)
     if not number.is_integer():
-        raise ValueError
+        raise ValueError(f"has {value!r} where a whole number is needed")
     return int(number)
 
 
@@ -757,6 +752,7 @@ def change_look(images):
 
 
 def augmented_item(image: torch.Tensor, mask: torch.Tensor, index: int, augment: v2.Compose | None) -> tuple:
+    """image uint8 [3, H, W], mask uint8 [H, W] -> the item, of plain tensors."""
     if augment is not None:
         image, mask = augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
     return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), index
@@ -845,12 +841,8 @@ class Object(NamedTuple):
         """uint8 [height, width]."""
         from pycocotools import mask as rle
 
-        segmentation = pickle.loads(self.outline)
-        if isinstance(segmentation, list):
-            segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            segmentation = rle.frPyObjects(segmentation, height, width)
-        return rle.decode(segmentation)
+        found = rle.frPyObjects(pickle.loads(self.outline), height, width)
+        return rle.decode(rle.merge(found) if isinstance(found, list) else found)
 
 
 class CocoFile(NamedTuple):
@@ -881,10 +873,10 @@ class CocoFile(NamedTuple):
 def read_coco(path: str, masks: bool) -> CocoFile:
     """Reads a file into clean records; without `masks` it leaves segmentations, most of the file, unread.
 
-    Ids are numbers or text, and other numbers may be text too. What some tools leave out, iscrowd and area,
-    is filled in. Boxes are cut at the edges of their image; one that is outside is no object. Raises
-    DataError, which names the record, for a file that is no such json, for ids that occur twice or are not
-    listed, for what should be a number and is none, and, with `masks`, for segmentations that are none.
+    Ids are numbers or text. Boxes are cut at the edges of their image; one that is outside is no object.
+    Where iscrowd or area is left out, it is 0 or that of the box. Raises DataError, which names the record,
+    for a file that is no such json, for ids that occur twice or are not listed, for what should be a number
+    and is none, and, with `masks`, for segmentations that are none.
     """
 
     def shrink(found: dict) -> dict:
@@ -895,136 +887,87 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             found["segmentation"] = _pack_polygons(found["segmentation"])
         return found
 
+    where, sizes, flat, ids = "it", [], [], set()
     try:
         with open(path, encoding="utf-8-sig") as file:  # some tools put a mark in front
             contents = json.load(file, object_hook=shrink)
-        categories, images = (_by_id(path, part, contents[part]) for part in ("categories", "images"))
+        categories, images = _by_id(contents, "categories"), _by_id(contents, "images")
         classes = [str(category["name"]) for category in categories.values()]
         names = [str(image["file_name"]) for image in images.values()]
-        annotations = list(contents.get("annotations", ()))
-    except DataError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        needed = "it needs images with id, file_name, width and height, annotations, and categories"
-        words = f"not a COCO annotation file ({type(error).__name__}: {error}); {needed}"
-        raise DataError(f"{path}: {words}") from error
-    sizes = [_size_of(path, image) for image in images.values()]
-    label = {key: number for number, key in enumerate(categories, 1)}
-    row = {key: number for number, key in enumerate(images)}
-
-    objects, flat, ids = [[] for _ in names], [], set()
-    for n, found in enumerate(annotations, 1):
-        name = found.get("id", f"number {n}") if isinstance(found, dict) else f"number {n}"
-        try:
-            if not isinstance(found, dict):
-                raise ValueError("is no record")
-            key = None if found.get("id") is None else _key(found["id"])
+        for key, image in images.items():
+            where = f"image {key}"
+            sizes.append((_whole(image["height"]), _whole(image["width"])))
+            if not 1 <= min(sizes[-1]) <= max(sizes[-1]) < 2**31:
+                raise ValueError(f"has the width {image['width']} and the height {image['height']}")
+        label = {key: number for number, key in enumerate(categories, 1)}
+        row, objects = {key: number for number, key in enumerate(images)}, [[] for _ in images]
+        for n, found in enumerate(contents.get("annotations", ()), 1):
+            where = f"annotation number {n}"
+            key = found.get("id", where)
+            where = f"annotation {key}"
             if key in ids:
                 raise ValueError("has the same id as another")
-            at, record = _clean(found, label, row, sizes)
-            if masks:
-                outline = _check_outline(found.get("segmentation"), *sizes[at])
-                record = record._replace(outline=outline)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: annotation {name} {error}") from error
-        if key is not None:
             ids.add(key)
-        empty = masks and not record.outline
-        if min(record.box[2:]) < 1 or empty:
-            flat.append(name)
-        if min(record.box[2:]) > 0 and not empty:
-            objects[at].append(record)
-    usable = [any(not found.crowd and min(found.box[2:]) >= 1 for found in of_image) for of_image in objects]
+            at, category = row[found["image_id"]], label[found["category_id"]]
+            record = _clean(found, category, *sizes[at])
+            if masks:
+                record = record._replace(outline=_check_outline(found.get("segmentation"), *sizes[at]))
+            empty = masks and not record.outline
+            if min(record.box[2:]) < 1 or empty:
+                flat.append(key)
+            if min(record.box[2:]) > 0 and not empty:
+                objects[at].append(record)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = error
+        if isinstance(error, KeyError):
+            said = f"has no {error}, or refers to one that is not listed"
+        needed = "COCO's format has categories with id and name; images with id, file_name, width, height; "
+        needed += "annotations with id, image_id, category_id, bbox, area and iscrowd"
+        raise DataError(f"{path}: {where} {said} ({needed})") from error
+    usable = []
+    for of_image in objects:
+        usable.append(any(not found.crowd and min(found.box[2:]) >= 1 for found in of_image))
     packed = [pickle.dumps([tuple(found) for found in of_image]) for of_image in objects]
     return CocoFile(
-        classes, [category["id"] for category in categories.values()],
-        [image["id"] for image in images.values()], names, torch.tensor(sizes).view(-1, 2), flat,
+        classes, list(categories), list(images), names, torch.tensor(sizes).view(-1, 2), flat,
         count=sum(map(len, objects)), crowds=sum(found.crowd for of_image in objects for found in of_image),
         usable=torch.tensor(usable, dtype=torch.bool),
         packed=torch.from_numpy(np.frombuffer(bytearray().join(packed), dtype=np.uint8)),
         ends=torch.tensor([0, *map(len, packed)]).cumsum(0))
 
 
-def _by_id(path: str, part: str, records: list[dict]) -> dict:
-    """Records of one part of the file by id, numbers before text."""
-    found = {}
-    for n, record in enumerate(records, 1):
-        try:
-            key = _key(record["id"])
-        except (KeyError, ValueError):
-            raise DataError(f"{path}: number {n} of its {part} has no id, a number or text") from None
-        if key in found:
-            raise DataError(f"{path}: several {part} have the same id, {record['id']!r}; give each its own")
-        found[key] = record
-    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+def _by_id(contents: dict, part: str) -> dict:
+    """Records of one part of a file by id, numbers before text. ValueError says what is wrong with them."""
+    found = {record["id"]: record for record in contents[part]}
+    if len(found) < len(contents[part]) or not all(isinstance(key, (int, float, str)) for key in found):
+        raise ValueError(f"has {part} of the same id, or with an id that is no number or text")
+
+    def place(key) -> tuple[float, str]:
+        text = isinstance(key, str) and not key.isdecimal()
+        return math.inf if text else float(key), str(key)
+
+    return {key: found[key] for key in sorted(found, key=place)}
 
 
-def _key(value):
-    """An id, by which records find each other: 7, 7.0 and "7" are one."""
-    if type(value) is int:
-        return value
-    if isinstance(value, str):
-        return int(value) if value.isdecimal() and str(int(value)) == value else value
-    if isinstance(value, float) and math.isfinite(value):
-        return int(value) if value.is_integer() else value
-    raise ValueError(f"has {value!r} where an id is needed, a number or text")
-
-
-def _number(value) -> float:
-    """A number, or text that is one; raises ValueError or TypeError for all else."""
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _size_of(path: str, image: dict) -> tuple[int, int]:
-    """Height and width of an image."""
+def _clean(found: dict, label: int, height: int, width: int) -> Object:
+    """An annotation -> the object, its box cut at the edges of its image. ValueError says what is wrong."""
+    area, crowd = found.get("area"), found.get("iscrowd") or 0
     try:
-        height, width = (_whole(image[side]) for side in ("height", "width"))
-        if 1 <= min(height, width) and max(height, width) < 2**31:
-            return height, width
-    except (KeyError, ValueError, TypeError, OverflowError):
-        pass
-    said = f"the width {image.get('width')!r} and the height {image.get('height')!r}"
-    raise DataError(f"{path}: image {image['id']!r} has {said}; pixels are needed, 1 or more")
-
-
-def _clean(found: dict, label: dict, row: dict, sizes: list[tuple[int, int]]) -> tuple[int, Object]:
-    """An annotation -> the row of its image, and the object, its box cut at the image's edges.
-
-    label, row: of the categories and of the images, by `_key` of their ids; sizes: of the images. ValueError
-    says what is wrong.
-    """
-    category, image, box = found.get("category_id"), found.get("image_id"), found.get("bbox")
-    area, crowd = found.get("area"), found.get("iscrowd")
-    try:
-        number, at = label.get(_key(category)), row.get(_key(image))
-    except (ValueError, TypeError):
-        words = f"refers to the category {category!r} and the image {image!r}"
-        raise ValueError(f"{words}; an id is a number or a text") from None
-    if number is None:
-        raise ValueError(f"is of category {category!r}, which is not among its categories")
-    if at is None:
-        raise ValueError(f"is of image {image!r}, which it does not list")
-    try:
-        x, y, w, h = map(float, box)
+        x, y, w, h = map(float, found["bbox"])
         area = w * h if area is None else float(area)
-        crowd = float(crowd or 0)
-        numbers = isinstance(box, list) and math.isfinite(x + y + w + h + area + crowd)
-    except (ValueError, TypeError, OverflowError):
+        numbers = isinstance(found["bbox"], list) and math.isfinite(x + y + w + h + area + float(crowd))
+    except (ValueError, TypeError):
         numbers = False
     if not numbers:
-        needed = "numbers are needed, for the box x, y, width and height"
-        raise ValueError(f"has the box {box!r}, the area {area!r} and the iscrowd {crowd!r}; {needed}")
+        said = f"has the box {found['bbox']!r}, the area {area!r} and the iscrowd {crowd!r}"
+        raise ValueError(f"{said}; numbers are needed, for the box x, y, width and height")
     if not 0 < area <= 2 * w * h:  # of a mask that is no larger than its box; rounding may make it so
         area = w * h
-    height, width = sizes[at]
     if x < 0 or y < 0 or x + w > width or y + h > height:
         right, bottom, x, y = min(x + w, width), min(y + h, height), max(x, 0.0), max(y, 0.0)
         w, h = right - x, bottom - y
         area = min(area, max(w, 0.0) * max(h, 0.0))
-    return at, Object(number, [x, y, w, h], area, crowd != 0, b"")
+    return Object(label, [x, y, w, h], area, float(crowd) != 0, b"")
 
 
 _FAR = 1e5  # pixels: pycocotools takes memory for every pixel that an outline passes, outside the image too
@@ -1068,10 +1011,8 @@ def _check_outline(segmentation, height: int, width: int) -> bytes:
     if not fits:
         words = f"has run lengths that do not make up its image, {width}x{height} pixels"
         raise ValueError(f"{words}; correct it or do without --masks")
-    if not lengths[1::2].any():
-        return b""
-    counts = counts if isinstance(counts, str) else lengths.astype(np.int64).tolist()
-    return pickle.dumps({"size": size, "counts": counts})
+    counts = lengths.astype(np.int64).tolist()
+    return pickle.dumps({"size": size, "counts": counts}) if any(counts[1::2]) else b""
 
 
 def _run_lengths(text: str) -> np.ndarray:
@@ -1136,7 +1077,7 @@ class CocoImages(Dataset):
                 layout = "annotations/ beside train2017/ and val2017/"
                 words = f"name your own (--train-json ...), or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
-        file, remarks = read_coco(self.annotations, self.masks), []
+        file, remark = read_coco(self.annotations, self.masks), ""
         file = file._replace(names=self._find(file.names))
         if not self.train:  # hours may pass until it is read
             for name, size in zip(file.names, file.sizes.tolist()):
@@ -1144,16 +1085,14 @@ class CocoImages(Dataset):
                 _check_size(path, image_size(path), self.annotations, size)
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
-            remarks.append(f"{which} have a side under a pixel inside their image, or an empty mask,")
+            remark = f"{which} have a side under a pixel inside their image, or an empty mask; "
         if self.train and file.crowds > 0.1 * file.count:  # CVAT writes whatever was painted as a crowd
             share = f"{file.crowds} of {file.count} annotations"
-            remarks.append(f"{share} have iscrowd 1 (set it to 0 where they are single objects)")
-        remark = " and ".join(remarks) + " and are no objects to learn from"
+            remark += f"{share} have iscrowd 1 (set it to 0 where they are single objects); "
         if self.train and not file.usable.any():
-            why = f"; {remark}" if remarks else ""
-            raise DataError(f"{self.annotations}: no image has an object to learn from{why}")
-        if remarks:
-            warnings.warn(f"{self.annotations}: {remark}", stacklevel=5)
+            raise DataError(f"{self.annotations}: {remark}no image has an object to learn from")
+        if remark:
+            warnings.warn(f"{self.annotations}: {remark}these are no objects to learn from", stacklevel=5)
         return file
 
     def _find(self, names: list[str]) -> list[str]:
@@ -1375,6 +1314,7 @@ def _collate_of(dataset: Dataset):
 
 
 def _collate(items: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """b items -> images uint8 [b, 3, H, W], masks uint8 [b, H, W], indices int64 [b]."""
     images, masks, indices = zip(*items)
     sizes = sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks})
     if len(sizes) > 1:

@@ -78,25 +78,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--figures", type=Path, metavar="DIR", help="draw every figure that the checkpoints allow")
     add("--published", action="store_true", help="put the papers' rows in the table and in the trade-off")
-    add("--format", choices=["text", "markdown", "latex", "csv"],
-        help="print a table, not the report; csv: a row for each checkpoint, with all digits")
-    add("--image", type=Path,
-        help="show this picture, or those in this folder; by default in overlays/ beside the checkpoint")
-    add("--out", type=Path, metavar="DIR",
-        help="folder for what is written, by default the checkpoint's; of several, one in it for each")
+    add("--format", choices=["text", "markdown", "latex", "csv"], help="a table; csv: a row for each run")
+    add("--image", type=Path, help="show this picture, or those in this folder, in overlays/ or in --out")
+    add("--out", type=Path, metavar="DIR", help="folder for what is written, by default the checkpoint's")
     add("--predictions", type=Path, metavar="DIR", help="segmentation: also write label PNGs")
     add("--min-score", type=number(float, 0, 1), default=0.5, help="detection: lowest score that is drawn")
 
     add = parser.add_argument_group("experts as static networks").add_argument
-    add("--experts", type=Path, metavar="DIR",
-        help="cut out the experts and one network for all, score them, export them to DIR (of several "
-             "checkpoints: to a folder in it for each)")
+    add("--experts", type=Path, metavar="DIR", help="cut out the experts and one network for all")
     add("--keep", type=number(float, 0, 0.999),
         help="a path stays if more than this share of an expert's images open it; 0.01 by default")
     add("--cut-from", choices=data.SPLITS, help="the split whose images say what is open; train by default")
     add("--export-size", type=number(int, 32), nargs=2, metavar=("H", "W"),
-        help="export for images of this size alone; by default for any size, multiples of 32, but where "
-             "the data set's images are too small for that")
+        help="export for this size alone; by default for any, but where the images are too small for that")
     add("--onnx", action="store_true", help="export to ONNX too; needs the packages onnx and onnxscript")
 
     add = parser.add_argument_group("system").add_argument
@@ -110,12 +104,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = len(arguments.checkpoint) > 1
     if several and (arguments.image or arguments.predictions):
         parser.error("--image and --predictions take one checkpoint")
-    for flag in ("labels", "list"):
-        if getattr(arguments, flag) and not arguments.images:
-            parser.error(f"--{flag}: goes with --images, the folder of the pictures")
-    for flag in ("keep", "cut-from", "export-size", "onnx"):
-        if getattr(arguments, flag.replace("-", "_")) not in (None, False) and not arguments.experts:
-            parser.error(f"--{flag}: goes with --experts")
+    needs = dict.fromkeys(("labels", "list"), "images")
+    needs |= dict.fromkeys(("keep", "cut_from", "export_size", "onnx"), "experts")
+    for flag, other in needs.items():
+        if getattr(arguments, flag) not in (None, False) and not getattr(arguments, other):
+            parser.error(f"--{flag.replace('_', '-')}: goes with --{other}")
     if arguments.experts and (arguments.image or arguments.predictions or arguments.published):
         parser.error("--experts: does not go with --image, --predictions and --published")
     arguments.keep = 0.01 if arguments.keep is None else arguments.keep
@@ -386,7 +379,13 @@ class Split:
     def report(self, result: Result) -> tuple[dict, str]:
         """Scores in %, as metrics.json has them, and as text. Those of a detector are the first process's."""
         if self.segmentation:
-            return self.report_segmentation(result)
+            miou = 100 * result.miou() if result.confusion.any() else None  # a test split may have no labels
+            iou, rows = {}, [["class", f"IoU % {self.name}"]]
+            for name, value in zip(self.checkpoint["classes"], result.scores()["iou"]):
+                iou[name] = None if value is None else 100 * value
+                rows.append([name, "absent" if value is None else f"{100 * value:.2f}"])
+            rows.append(["mean", "no labels" if miou is None else f"{miou:.2f}"])
+            return {"miou": miou, "iou": iou}, f"{table(rows, left=1)}   over {len(result.A)} images"
         metrics, tables = {"detections": len(result.detections)}, []
         kinds = {"box": "bbox"} | ({"mask": "segm"} if self.checkpoint["model_args"]["masks"] else {})
         for name, kind in kinds.items():
@@ -396,15 +395,6 @@ class Split:
                 metrics[name] = {key: 100 * value if value >= 0 else None for key, value in scores.items()}
             tables.append(f"{name}, {self.name}, by pycocotools, over {len(result.A)} images\n{printed}")
         return metrics, "\n".join(tables)
-
-    def report_segmentation(self, result: SegmentationResult) -> tuple[dict, str]:
-        miou = 100 * result.miou() if result.confusion.any() else None  # a test split may have no labels
-        iou, rows = {}, [["class", f"IoU % {self.name}"]]
-        for name, value in zip(self.checkpoint["classes"], result.scores()["iou"]):
-            iou[name] = None if value is None else 100 * value
-            rows.append([name, "absent" if value is None else f"{100 * value:.2f}"])
-        rows.append(["mean", "no labels" if miou is None else f"{miou:.2f}"])
-        return {"miou": miou, "iou": iou}, f"{table(rows, left=1)}   over {len(result.A)} images"
 
 
 def open_split(
@@ -485,14 +475,14 @@ class Run:
     def facts(self) -> dict:
         """The settings by which runs can differ, but for those that the variant has anyway."""
         variant, config = VARIANTS[self.variant], self.checkpoint["config"]
-        usual = {name: getattr(variant, name) for name in ("lambda1", "budget", "lambda2")}
-        facts = {"variant": self.variant}
+        usual = dict(lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2)
+        facts = {}
         for name, value in config.items():
-            if name not in INCIDENTAL and value is not None and usual.get(name) != value:
+            if name not in INCIDENTAL and value not in (None, usual.get(name)):
                 facts[name] = value
         if self.metrics["dataset"] == "folder":  # the name of all that people bring
             facts["data"] = config.get("data") or config.get("train_images")
-        return facts
+        return facts | {"variant": self.variant}
 
     @property
     def count(self) -> str:
@@ -735,8 +725,10 @@ class Setting:
 
     @property
     def label(self) -> str:
-        told = [f"{SETTING_NAMES.get(key, key)} {show_value(value)}" for key, value in self.differing.items()]
-        return ", ".join([with_gate(self.method, self.runs[0].gate), *told])
+        told = [with_gate(self.method, self.runs[0].gate)]
+        for name, value in self.differing.items():
+            told.append(f"{SETTING_NAMES.get(name, name)} {format_value(value)}")
+        return ", ".join(told)
 
     @property
     def backbone(self) -> str:
@@ -750,7 +742,7 @@ class Setting:
         return [run.numbers[column] for run in self.runs if column in run.numbers]
 
 
-def show_numbers(column: str, values: list[float]) -> str:
+def format_numbers(column: str, values: list[float]) -> str:
     """Mean ± deviation; of GFLOPs and parameters three digits that count, else two after the point."""
     if not values:
         return "–"
@@ -765,7 +757,7 @@ def with_gate(words: str, gate: str | None) -> str:
     return f"{words}, full gates" if gate == "full" else words
 
 
-def show_value(value) -> str:
+def format_value(value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -812,8 +804,8 @@ def make_table(runs: list[Run], paper: list[dict]) -> list[list[str]]:
     rows = [["Method", "Backbone", *(SETTING_NAMES.get(name, name) for name in told), *titles, "Seeds"]]
     for setting in settings:
         config = setting.runs[0].checkpoint["config"]
-        values = [show_value(setting.differing.get(name, config.get(name))) for name in told]
-        numbers = [show_numbers(column, setting.values(column)) for column in columns]
+        values = [format_value(setting.differing.get(name, config.get(name))) for name in told]
+        numbers = [format_numbers(column, setting.values(column)) for column in columns]
         rows.append([setting.method, setting.backbone, *values, *numbers, len(setting.runs)])
     for row in paper:
         cells = {"k": row["k"], "Inter": row["inter"], "Intra": row["intra"]}
@@ -949,7 +941,7 @@ def cut_experts(arguments, process: Process) -> None:
         where = {"dataset": arguments.dataset or checkpoint["dataset"]}
         runs.append(about_run(path, checkpoint, where))
     form = arguments.format or "text"
-    print(table(experts.table_of(group_runs(runs), rows, show_numbers), form))
+    print(table(experts.table_of(group_runs(runs), rows, format_numbers), form))
     note = f"On {runs[0].metrics['dataset']} {arguments.split}; GFLOPs: mean per image, the dispatcher's "
     note += "stem counted; by A(x): the routed network that says where an image goes is not counted."
     if form != "csv":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 import statistics
 import sys
 import time
@@ -63,7 +62,7 @@ def print_published(static: bool) -> None:
     rows = [["network", "input", *(f"{gate}, {count}" for gate, count in kinds)]]
     for label, layers, scales, classes, height, width in PUBLISHED:
         costs = [open_cost(layers, scales, classes, height, width, *kind) / 1e9 for kind in kinds]
-        rows.append([label, f"{height}x{width}", *map(show, costs)])
+        rows.append([label, f"{height}x{width}", *map(three_places, costs)])
     print(f"G multiply-adds of an image, every gate open\n{table(rows)}")
     if not static:
         return
@@ -79,7 +78,7 @@ def print_published(static: bool) -> None:
             model = build_model(row["variant"], task, classes)
             paper, exact = (model.real_cost(None, *size, c)["network"].item() / 1e9 for c in model.counts)
             percent = round(100 * (paper / published - 1), 1) + 0.0  # no -0.0
-            cells = [show(paper), show(exact), row["gflops"], f"{percent:+.1f} %"]
+            cells = [three_places(paper), three_places(exact), row["gflops"], f"{percent:+.1f} %"]
         name = f"{row['method']}, {row['backbone']}"
         rows.append([name, row["variant"] or "-", "x".join(map(str, size)), *cells])
     words = "Static networks, beside what is published of them; paper: convolutions and linear layers alone"
@@ -93,8 +92,7 @@ def print_cost(argv: list[str]) -> None:
     add("--published", action="store_true", help="list the static networks of the papers' tables too")
     add("--variant", choices=list(VARIANTS), help="the network; without it, a table of the papers' own")
     add("--route", metavar="NAME",
-        help=f"a fixed route without gates: {', '.join(ROUTES)}, or FILE:NAME of a json that "
-             "evaluate.py --experts wrote")
+        help=f"a fixed route without gates: {', '.join(ROUTES)}, or FILE:NAME of an experts.json")
     add("--task", choices=["segmentation", "detection"], default="segmentation", help="what for")
     add("--size", type=number(int, 32), nargs=2, metavar=("H", "W"),
         help="height and width; by default 1024 2048, in detection 800 800")
@@ -130,15 +128,15 @@ def print_cost(argv: list[str]) -> None:
     parts = {part: [cost[part].item() for cost in costs.values()] for part in costs[model.counts[0]]}
     parts["sum"] = [sum(of_part) for of_part in zip(*parts.values())]
     rows = [["G multiply-adds", *costs]]
-    rows += [[part, *(show(cost / 1e9) for cost in of_part)] for part, of_part in parts.items()]
+    rows += [[part, *(three_places(cost / 1e9) for cost in of_part)] for part, of_part in parts.items()]
     print(table(rows, left=1))
     if detection:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()([torch.rand(3, height, width)])
-        whole = show(counter.get_total_flops() / 2 / 1e9)
+        whole = three_places(counter.get_total_flops() / 2 / 1e9)
         print(f"the whole detector on noise, convolutions and linear layers, by torch's counter: {whole}")
     if model.dim:
-        full = show(model.full_cost(height, width) / 1e9)
+        full = three_places(model.full_cost(height, width) / 1e9)
         print(f"the budget is a share of cells + paths (paper): {full}")
 
 
@@ -149,7 +147,7 @@ def add_network(add) -> None:
     add("--gate", choices=["full", "small"], help="kind of gate; by default the variant's")
 
 
-def show(value: float) -> str:
+def three_places(value: float) -> str:
     """Three digits after the point, or, of small numbers, three that count."""
     return f"{value:.3f}" if value >= 1 or value == 0 else f"{value:.3g}"
 
@@ -176,9 +174,7 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
             closed = (weight.sum(1) < OPEN).to(x.dtype)
             y = {KEEP: F.relu(h) * weight[:, KEEP] + x * closed}
             if node.up is not None:
-                up = node.up(F.relu(h))
-                up = resize(up, scale_factor=2)
-                y[UP] = up * weight[:, UP]
+                y[UP] = resize(node.up(F.relu(h)), scale_factor=2) * weight[:, UP]
             if node.down is not None:
                 down = F.conv2d(F.relu(h), node.down[0].weight, stride=2)
                 y[DOWN] = node.down[1:](down) * weight[:, DOWN]
@@ -189,35 +185,14 @@ def run_as_published(model: nn.Module, images: Tensor, alpha: Tensor | None = No
     return model.head(arrived)
 
 
-def mixed_routes(backbone: RoutedBackbone, height: int, width: int, openness: float) -> tuple[Tensor, float]:
-    """A random route of which `openness` of the backbone's multiply-adds run.
-
-    Returns alpha [1, 1 + nodes, 3], 0 for what is not reached, and the share that does run.
-    """
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(1, 1 + backbone.num_nodes, 3, generator=generator)
-    images = torch.zeros(1, 3, backbone.stride, backbone.stride)
-    full = sum(backbone.real_cost(backbone.open_routes(), height, width, "exact").values()).item()
-
-    def at(share: float) -> tuple[Tensor, float]:
-        routes = backbone.route(images, skip=True, alpha=0.9 * (draws < share))[1]
-        cost = sum(backbone.real_cost(routes, height, width, "exact").values())
-        return routes.alpha, cost.double().mean().item() / full
-
-    low, high = 0.0, 1.0
-    for _ in range(8 if openness < 1 else 0):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle)[1] < openness else (low, middle)
-    return at(high)
-
-
 @torch.no_grad()
-def set_gates(backbone: RoutedBackbone, alpha: Tensor) -> None:
-    """Makes gates say alpha [1 + nodes, 3], in [0, 1), whatever the image."""
-    for node, row in zip(backbone.all_nodes(), alpha.tolist()):
-        wanted = [row[path] for path in node.gate.order]
+def close_gates(backbone: RoutedBackbone, share: float) -> None:
+    """Makes gates say the same for every image: about `share` of the paths, drawn at random, are open."""
+    generator = torch.Generator().manual_seed(0)
+    for node in backbone.all_nodes():
         node.gate.decide.weight.zero_()
-        node.gate.decide.bias.copy_(torch.tensor([math.atanh(a) if a > 0 else -1.0 for a in wanted]))
+        opened = torch.rand(len(node.paths), generator=generator) < share
+        node.gate.decide.bias.copy_(opened * 2.5 - 1)
 
 
 def in_cuda_graph(network, images: Tensor):
@@ -240,35 +215,28 @@ def in_cuda_graph(network, images: Tensor):
     return run
 
 
-def inference_contenders(model: nn.Module, images: Tensor, openness: list[float]) -> dict:
-    """Inference of a routed network, all its ways: name -> a function that gives logits.
+def inference_contenders(model: nn.Module, images: Tensor, opened: list[float]) -> dict:
+    """Inference of a routed network with such shares of its paths open, in all ways: name -> a function that
+    gives logits. What has the same name up to the first comma computes the same."""
+    arranged, contenders = images.contiguous(memory_format=torch.channels_last), {}
 
-    At the shares of `openness` all images have one route. What has the same name up to the first comma
-    computes the same.
-    """
-    published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    host = copy.deepcopy(model.backbone).cpu()
-    network = fuse(copy.deepcopy(model))
-    arranged = images.contiguous(memory_format=torch.channels_last)
+    def run(network, skip: bool) -> Tensor:
+        return network.head(network.backbone.route(arranged, skip)[0])
 
-    def run(network, alpha: Tensor | None, skip: bool) -> Tensor:
-        return network.head(network.backbone.route(arranged, skip, alpha)[0])
-
-    every = mixed_routes(host, *images.shape[-2:], openness=1.0)[0].to(images.device)
-    every = every.expand(len(images), -1, -1)
-    contenders = {"all open, as published": lambda: run_as_published(published, images, every)}
-    contenders["all open, dense"] = functools.partial(run, network, every, skip=False)
-    contenders["all open, skipping"] = functools.partial(run, network, every, skip=True)
-    for share in sorted(set(openness), reverse=True):
-        alpha, real = mixed_routes(host, *images.shape[-2:], share)
-        if abs(real - share) > 0.05:
-            words = f"the nearest here is {real:.2f}: stem and gates always run"
-            raise InputError(f"--openness {share}: cannot be had; {words}")
-        routed, name = copy.deepcopy(model), f"{100 * real:.3g} % open"
-        set_gates(routed.backbone, alpha[0])
-        fixed = fuse(routed.cut(alpha[0] > OPEN)).eval()
-        contenders[f"{name}, skipping"] = functools.partial(run, fuse(routed), None, skip=True)
-        contenders[f"{name}, fixed"] = lambda fixed=fixed: fixed(arranged).logits
+    for share in sorted({1.0, *opened}, reverse=True):
+        routed = copy.deepcopy(model)
+        close_gates(routed.backbone, share)
+        routes = routed.backbone.route(arranged[:1])[1]
+        size, everything = images.shape[-2:], routed.backbone.open_routes()
+        costs = [routed.backbone.real_cost(which, *size, "exact") for which in (routes, everything)]
+        real, full = (sum(parts.values()).item() for parts in costs)
+        name, alpha = f"{100 * real / full:.3g} % open", routes.alpha.expand(len(images), -1, -1)
+        published = copy.deepcopy(routed).to(memory_format=torch.contiguous_format)
+        fixed, network = fuse(routed.cut(routes.alpha[0] > OPEN)).eval(), fuse(routed)
+        contenders[f"{name}, as published"] = functools.partial(run_as_published, published, images, alpha)
+        contenders[f"{name}, dense"] = functools.partial(run, network, skip=False)
+        contenders[f"{name}, skipping"] = functools.partial(run, network, skip=True)
+        contenders[f"{name}, its route fixed"] = lambda fixed=fixed: fixed(arranged).logits
         if images.is_cuda:
             contenders[f"{name}, fixed, CUDA graph"] = in_cuda_graph(lambda x: fixed(x).logits, arranged)
     return contenders
@@ -308,8 +276,8 @@ def print_speed(argv: list[str]) -> None:
     add("--classes", type=number(int, 1), default=19, help="classes of the head")
     add_network(add)
     add("--batch", type=number(int, 1), nargs="+", default=[1, 8], help="images at a time")
-    add("--openness", type=number(float, 0.01, 1), nargs="+", default=[0.75, 0.5, 0.25],
-        help="inference: shares of the backbone's multiply-adds that run")
+    add("--openness", type=number(float, 0, 1), nargs="+", default=[0.5, 0.3, 0.15],
+        help="inference: shares of paths that are open; the share of multiply-adds that runs is printed")
     add("--train", action="store_true", help="a training step in place of inference")
     add("--amp", action="store_true", help="training in bfloat16")
     add("--runs", type=number(int, 1), default=5, help="runs of each, in turns")

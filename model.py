@@ -245,7 +245,8 @@ class Segmenter(nn.Module):
         self.backbone, self.head, self.dim = backbone, head, backbone.dim
 
     def forward(self, images: Tensor, skip: bool | None = None) -> SegmentationOutput:
-        """images [B, 3, H, W], normalised. For `skip` see `RoutedBackbone.route`."""
+        """images: float [B, 3, H, W], normalised; logits come as [B, classes, H, W]. For `skip` see
+        `RoutedBackbone.route`."""
         height, width = images.shape[-2:]
         features, routes = self.backbone.route(pad_to_stride(images, self.backbone.stride), skip)
         cost = self.backbone.expected_cost(routes, height, width)

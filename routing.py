@@ -554,7 +554,10 @@ def _weighted(y: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _add(following: list, to: int, y: Tensor, weight: Tensor | None = None) -> None:
-    """Adds y, or y times `weight`, to the input of the next layer's node `to`; without gradients in place."""
+    """Adds y [B, C, h, w], or y times `weight` [B, 1, 1, 1], to the input of the next layer's node `to`.
+
+    Without gradients it does so in place: the caller must not use y afterwards.
+    """
     total = following[to]
     if total is None:
         following[to] = _weighted(y, weight)

@@ -378,8 +378,9 @@ def test_folding_batch_norm_and_the_published_way_of_computing_change_nothing():
     folded = routing.fuse(copy.deepcopy(network).eval())
     assert not parts_of(folded, torch.nn.BatchNorm2d)
     published = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
-    alpha, share = flops.mixed_routes(published.backbone, 64, 96, 0.5)
-    assert share == pytest.approx(0.5, abs=0.05)
+    network.eval()
+    forced = random_alphas(1, network.backbone.num_nodes, 4)
+    alpha = network.backbone.route(images[:1], alpha=forced)[1].alpha  # 0 in nodes that nothing reaches
     for skip in (True, False):
         want, got = network.eval()(images, skip), folded(images, skip)
         for a, b in zip(got[:3], want[:3]):
@@ -533,7 +534,7 @@ def test_the_commands_of_flops_print_what_they_measured(monkeypatch):
     small = "--size 64 64 --layers 4 --width 4 --runs 1 --device cpu"
     out = succeeds(flops.main, "speed", small, "--batch 1 2 --openness 0.5")
     differences = re.findall(r"difference (\S+)\n", out)
-    assert len(differences) == 2 * 5 and max(map(float, differences)) < 1e-4
+    assert len(differences) == 2 * 2 * 4 and max(map(float, differences)) < 1e-4
     fixed = succeeds(flops.main, "--route u-net --layers 4 --width 8 --size 64 64")
     assert "u-net" in fixed and re.search(r"gates +0\.000 +0\.000\n", fixed)
     assert "bfloat16" in succeeds(flops.main, "speed", small, "--batch 2 --train --amp")
@@ -1059,13 +1060,6 @@ def test_variants_are_the_methods_table():
         assert train_seg.make_bank(network, config, images, torch.device("cpu")).age == age
 
 
-def test_runs_of_both_tasks_have_folders_of_their_own():
-    shapes = ["--dataset", "shapes", "--seed", "3"]
-    names = [train_seg.settings(shapes).name, train_det.settings(shapes).name]
-    names.append(train_det.settings([*shapes, "--masks"]).name)
-    assert names == ["shapes-divdr-a-seed3", "shapes-boxes-divdr-a-seed3", "shapes-masks-divdr-a-seed3"]
-
-
 def test_learning_rates_depend_on_whether_init_starts_the_gates():
     network = model.build_model("dr-a", "segmentation", 11, layers=4, width=8)
     whole = network.state_dict()
@@ -1165,7 +1159,7 @@ BAD = [  # script, flags, words of the one line
     (train_det, "--variant deeplabv3-r101", "r50-fpn"), (train_det, "--dataset shapes --limit 4", "--batch"),
     (train_det, "--dataset shapes --train-json a.json", "a.json"), (flops, "kmeans --n 3 --k 4", "--n"),
     (flops, "--size 64 64", "--size --variant"), (evaluate, "none.pt", "none.pt no such file"),
-    (flops, "speed --openness 0.05 --size 64 64 --batch 1 --layers 4", "--openness stem"),
+    (flops, "speed --openness 2", "--openness"),
     (evaluate, "a.pt b.pt --image x", "--image"), (evaluate, "a.pt --labels x", "--labels --images"),
     (evaluate, "a.pt --experts c --image x", "--image"), (evaluate, "a.pt --keep 0.1", "--keep --experts"),
     (evaluate, "a.pt --onnx", "--onnx --experts"), (evaluate, "a.pt --limit 0", "--limit")]
@@ -1466,7 +1460,8 @@ def test_the_classes_of_a_folder_are_those_of_all_its_splits():
     Image.new("RGB", (70, 48)).save("own/images/train/b.jpg")
     Image.new("L", (70, 48), 2).save("own/labels/train/b.png")
     with pytest.warns(UserWarning, match="0, 1, 2, 7;"):
-        val = data.segmentation_dataset("folder", "own", "val", train=False)
+        info = data.folder_info("own", {"train": {}, "val": {}})
+    val = data.segmentation_dataset("folder", "own", "val", train=False, info=info)
     assert val.info.classes == ("0", "1", "2", "7") and (val[0][1] == 3).all()
     assert val.eval_batch == 8
     train = data.segmentation_dataset("folder", "own", "train", train=False, info=val.info)

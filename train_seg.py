@@ -53,8 +53,7 @@ from routing import Gate, RoutedBackbone
 
 # ============ settings ============
 
-# Defaults that differ by data set; one that is not here takes CamVid's. Crop, scales and batch are in
-# data.py.
+# Defaults that differ by data set; another takes CamVid's. Crop, scales and batch are in data.py.
 RECIPES = {
     "cityscapes": dict(
         layers=16, width=64, iters=180_000, warmup=1000, lr=0.05, eval_every=5000, bn_batches=200),
@@ -80,14 +79,12 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("segmentation").add_argument
     add("--crop", type=number(int, 32), help="side of the training crop, a multiple of 32")
     add("--route", metavar="NAME",
-        help=f"train one route for all images, without gates: {', '.join(ROUTES)}, or FILE:NAME of a json "
-             "that evaluate.py --experts wrote")
+        help=f"one route for all images, without gates: {', '.join(ROUTES)}, or FILE:NAME of an experts.json")
     for split in ("train", "val"):
         add(f"--{split}-images", metavar="DIR", help=f"folder: images, by default images/{split} in --data")
         add(f"--{split}-labels", metavar="DIR", help=f"folder: their labels, by default labels/{split}")
         add(f"--{split}-list", metavar="FILE", help="folder: text file of the images to use, one to a line")
-    add("--classes", metavar="FILE",
-        help="folder: table of id, name, red, green, blue, by default classes.csv in --data if it is there")
+    add("--classes", metavar="FILE", help="folder: table of ids and names, by default classes.csv in --data")
     config = parse(parser, argv)
     if config.crop and config.crop % 32:
         parser.error(f"--crop {config.crop}: must be a multiple of 32, the coarsest stride")
@@ -127,8 +124,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add = parser.add_argument_group("run").add_argument
     add("--name", help="folder under --out; by default it tells data set, variant and seed")
     add("--out", default="runs", help="where run folders are made")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="seeds weights, data order, augmentation, K-means++")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, looks, K-means++")
     add("--resume", nargs="?", const="yes", choices=["yes", "auto"],
         help="go on with this run from where it was saved; auto: if there is one, else start it")
     add("--log-every", type=number(int, 1), default=50, help="iterations between lines of the log")
@@ -157,10 +153,9 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--iters", type=number(int, 1), help="SGD steps")
     add("--batch", type=number(int, 1), help="images per step over all processes")
     add("--lr", type=number(float, 0),
-        help="learning rate after warm-up; by default the data set's, or with --init weights without gates "
-             f"{FROM_WEIGHTS['lr']}")
+        help=f"learning rate, by default the data set's, or {FROM_WEIGHTS['lr']} if --init has no gates")
     add("--warmup", type=number(int, 0),
-        help="steps of linear warm-up from 0.001 x lr; by default the data set's, at most --iters / 10")
+        help="steps of linear warm-up from 0.001 x lr, by default the data set's, at most --iters / 10")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="weight decay; norm weights have none")
     add("--clip", type=number(float, 0), help="largest gradient norm; 0: any")
@@ -168,34 +163,28 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     method = parser.add_argument_group("method (networks with gates)")
     add = method.add_argument
     add("--gate-lr", type=number(float, 0),
-        help=f"learning rate of the gates over --lr; by default 1, or with --init weights without gates "
-             f"{FROM_WEIGHTS['gate_lr']}")
+        help=f"that of the gates over --lr, by default 1, or {FROM_WEIGHTS['gate_lr']} if --init has none")
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
     add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
-    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
-        help="factor by which that interval has grown in the end")
+    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0, help="how much it has grown in the end")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
     add("--bank-age", type=number(int, 1), default=2000,
         help="K-means leaves out the samples that so many iterations have not seen")
     add("--metric", choices=["views", "plain"], default="views",
-        help="distances in K-means: views, in which what the look of an image changes in A(x) counts little, "
-             "or plain, as in the paper")
-    add("--oracle", action="store_true",
-        help="shapes: the means of the true subsets are the centres; sets --metric plain")
-    add("--gate-space", choices=["alpha", "logit"], default="alpha",
-        help="cluster what gates give, or that before their tanh")
+        help="of K-means: views, in which what an image's look changes in A(x) counts little, or the paper's")
+    add("--oracle", action="store_true", help="shapes: centres of the true subsets; sets --metric plain")
+    add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster alpha, or its logit")
     parser.of_gates = [action.dest for action in method._group_actions]
 
     add = parser.add_argument_group("system").add_argument
     add("--device", help="cpu, cuda or mps; by default the best there is")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16; by default on GPUs with it")
-    add("--compile", action="store_true",
-        help="compile the network: minutes at the start, then faster steps; one process")
+    add("--compile", action="store_true", help="compile the network: a slow start, then faster; one process")
     add("--bn-batches", type=number(int, 1), help="batches to re-estimate batch norm on before evaluation")
     add("--eval-batch", type=number(int, 1), help="images at a time in evaluation, per process")
     return parser

@@ -63,7 +63,7 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
         raise InputError(f"--experts: {checkpoint['path']} {words}")
     if size and (size[0] % stride or size[1] % stride):
         raise InputError(f"--export-size {size[0]} {size[1]}: both must be multiples of {stride}")
-    opened, A, pooled = look(model, source)
+    opened, A, pooled = route_images(model, source)
     clusters = checkpoint["clusters"]
     if clusters is None:
         print(f"{checkpoint['path']}: has no centres: clustering {source.name} instead", file=sys.stderr)
@@ -100,7 +100,7 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
 
 
 @torch.no_grad()
-def look(model, source) -> tuple[Tensor, Tensor, Tensor]:
+def route_images(model, source) -> tuple[Tensor, Tensor, Tensor]:
     """A pass without the head. Returns, per image: the open paths, bool [N, 1 + nodes, 3]; what is clustered,
     [N, D]; the mean of the stem's map, [N, C]."""
     network, opened, A, pooled = fuse(copy.deepcopy(model).eval()), [], [], []
@@ -235,7 +235,7 @@ def stem_cost(model, sizes: Tensor, count: str) -> Tensor:
     return torch.tensor([model.backbone.costs(*size, kind).stem for size in at])
 
 
-def table_of(settings: list, rows_of: dict, show_numbers) -> list[list]:
+def table_of(settings: list, rows_of: dict, format_numbers) -> list[list]:
     """Header and rows: for each setting its four networks, mean ± deviation over seeds.
 
     settings: of evaluate.group_runs; rows_of: by the path of a checkpoint, what `cut` gave.
@@ -248,8 +248,10 @@ def table_of(settings: list, rows_of: dict, show_numbers) -> list[list]:
     columns = list(dict.fromkeys(column for _, _, seeds in cuts for row in seeds for column in row))
     table = [["Method", "Network", *columns, "Seeds"]]
     for label, name, seeds in cuts:
-        cells = [show_numbers(column, [row[column] for row in seeds if column in row]) for column in columns]
-        table.append([label, name, *cells, len(seeds)])
+        row = [label, name]
+        for column in columns:
+            row.append(format_numbers(column, [numbers[column] for numbers in seeds if column in numbers]))
+        table.append([*row, len(seeds)])
     return table
 
 

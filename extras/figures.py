@@ -49,7 +49,6 @@ STYLE = {
 FAINT = "0.82"  # grey of what is closed or not spoken of
 LEAST = 0.02  # a mean alpha, or a difference of two, that is drawn as a line
 PAGE = 7.0  # inches, the width of a page's text
-EMBEDDED = 5000  # images at most in the plane: t-SNE takes about half a minute for them on one core
 SCORES = ("mIoU", "box AP", "mask AP")
 
 
@@ -118,42 +117,36 @@ class Viewer:
     checkpoint: dict
     dataset: data.Dataset | None
     process: Process
-    min_score: float
+    min_score: float  # of what a detector found and is drawn
 
     @torch.no_grad()
-    def predict(self, image: Tensor, opacity: float = 0.5, names: bool = False):
-        """One image uint8 [3, H, W] -> (the model's output, the image with what is predicted drawn over it).
-
-        Segmentation: the classes' colours. Detection: boxes and masks of what scores at least `min_score`,
-        with `names` also class and score.
-        """
-        checkpoint, device = self.checkpoint, self.process.device
-        if checkpoint["task"] == "segmentation":
-            colors = [tuple(color) for color in checkpoint["palette"]]
-            out = self.model(data.normalize(image[None].to(device)))
-            prediction = out.logits[0].argmax(0).cpu()
-            masks = prediction == torch.arange(len(colors))[:, None, None]  # [classes, H, W]
-            return out, draw_segmentation_masks(image, masks, alpha=opacity, colors=colors)
-        out = self.model([data.as_float(image.to(device))])
+    def predict(self, image: Tensor, opacity: float = 0.5) -> tuple:
+        """One image uint8 [3, H, W] -> (the model's output, the image with what is predicted over it)."""
+        if self.checkpoint["task"] == "segmentation":
+            out = self.model(data.normalize(image[None].to(self.process.device)))
+            return out, self.draw_classes(image, out.logits[0].argmax(0).cpu(), opacity)
+        out = self.model([data.as_float(image.to(self.process.device))])
         found = {key: value.cpu() for key, value in out.detections[0].items()}
         kept = found["scores"] >= self.min_score
-        boxes, scores, classes = found["boxes"][kept], found["scores"][kept], found["labels"][kept] - 1
         masks = found["masks"][kept, 0] > 0.5 if "masks" in found else None
-        image = self.draw_objects(image, boxes, classes, masks, opacity)
-        if names:
-            labels = zip(classes.tolist(), scores.tolist())
-            texts = [f"{checkpoint['classes'][c]} {score:.2f}" for c, score in labels]
-            image = write_on(image, texts, boxes[:, :2].tolist())
-        return out, image
+        return out, self.draw_objects(image, found["boxes"][kept], found["labels"][kept], masks, opacity)
 
-    def draw_objects(self, image: Tensor, boxes, classes, masks=None, opacity: float = 0.5) -> Tensor:
-        """Boxes [n, 4] and masks [n, H, W], coloured by their classes [n], on an image uint8 [3, H, W]."""
+    def draw_classes(self, image: Tensor, classes: Tensor, opacity: float = 0.5) -> Tensor:
+        """Classes [H, W] in their colours on an image uint8 [3, H, W]; what has no label stays as it is."""
+        colors = [tuple(color) for color in self.checkpoint["palette"]]
+        masks = classes == torch.arange(len(colors))[:, None, None]  # [classes, H, W]
+        return draw_segmentation_masks(image, masks, alpha=opacity, colors=colors)
+
+    def draw_objects(self, image: Tensor, boxes, labels, masks=None, opacity: float = 0.5) -> Tensor:
+        """Boxes [n, 4] with their classes' names, and masks [n, H, W], on an image uint8 [3, H, W]."""
         if not len(boxes):
             return image
-        colors = [tuple(self.checkpoint["palette"][c]) for c in classes.tolist()]
+        colors = [tuple(self.checkpoint["palette"][label - 1]) for label in labels.tolist()]
+        names = [self.checkpoint["classes"][label - 1] for label in labels.tolist()]
         if masks is not None:
             image = draw_segmentation_masks(image, masks.bool(), alpha=opacity, colors=colors)
-        return draw_bounding_boxes(image, boxes, colors=colors, width=max(1, min(image.shape[-2:]) // 120))
+        image = draw_bounding_boxes(image, boxes, colors=colors, width=max(1, min(image.shape[-2:]) // 120))
+        return write_on(image, names, boxes[:, :2].tolist())
 
     def describe(self, path: Path) -> tuple[Tensor, Tensor, str, Tensor]:
         """A picture -> (image uint8 [3, H, W], the same with the prediction and the expert's number on it,
@@ -165,7 +158,7 @@ class Viewer:
         checkpoint, model = self.checkpoint, self.model
         try:
             image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-            out, overlay = self.predict(image, names=True)
+            out, overlay = self.predict(image)
         except data.DataError as error:
             raise InputError(error) from None
         except InputError as error:
@@ -282,48 +275,28 @@ def draw_experts(run, runs, viewer: Viewer):
 
 
 def draw_predictions(run, runs, viewer: Viewer, count: int = 4):
-    """Image, truth, prediction and, in segmentation, where they differ, for images spaced over the split."""
-    dataset, classes, segmentation = viewer.dataset, run.checkpoint["classes"], run.task == "segmentation"
-    count = min(count, len(dataset))
-    titles = ["image", "truth", "prediction", "errors"]
-    if not segmentation:
-        titles = ["image", "truth", f"found, score ≥ {viewer.min_score:g}"]
+    """Image, truth and prediction of images spaced over the split."""
+    dataset, count = viewer.dataset, min(count, len(viewer.dataset))
     height, width = dataset[0][0].shape[-2:]
-    cell = min(PAGE / len(titles), 1.75 * width / height)
-    legend = 0.3 + 0.17 * -(-min(len(classes), 20) // 6)
-    size = (cell * len(titles), (cell * height / width + 0.04) * count + legend)
-    figure, axes = new_figure(*size, count, len(titles))
+    cell = min(PAGE / 3, 1.75 * width / height)
+    figure, axes = new_figure(3 * cell, (cell * height / width + 0.04) * count + 0.8, count, 3)
     for n, row in enumerate(axes):
         image, truth, _ = dataset[n * len(dataset) // count]
-        if segmentation:
-            pictures = [image, *segmentation_pictures(viewer, image, truth)]
+        if run.task == "segmentation":
+            drawn = viewer.draw_classes(image, truth, opacity=0.8)
         else:
-            drawn = viewer.draw_objects(image, truth["boxes"], truth["labels"] - 1, truth.get("masks"))
-            pictures = [image, drawn, viewer.predict(image)[1]]
-        for ax, picture, title in zip(row, pictures, titles):
-            ax.imshow(to_rgb(picture), interpolation="nearest" if segmentation else None)
+            drawn = viewer.draw_objects(image, truth["boxes"], truth["labels"], truth.get("masks"))
+        found = viewer.predict(image, opacity=0.8)[1]
+        for ax, picture, title in zip(row, (image, drawn, found), ("image", "truth", "prediction")):
+            ax.imshow(to_rgb(picture))
             ax.axis("off")
             ax.set_title(title if n == 0 else "", loc="center")
-    named = list(zip(classes, run.checkpoint["palette"]))[:20]
-    named += [("wrong", (180, 50, 0))] if segmentation else []
-    patches = [Patch(fc=[c / 255 for c in color], ec="0.4", lw=0.4, label=name) for name, color in named]
-    if len(classes) > 20:
-        patches.append(Patch(fc="none", label=f"... and {len(classes) - 20} more"))
+    patches = []
+    for name, color in list(zip(run.checkpoint["classes"], run.checkpoint["palette"]))[:20]:
+        patches.append(Patch(fc=[c / 255 for c in color], ec="0.4", lw=0.4, label=name))
     small = dict(handlelength=1.0, handleheight=1.0, handletextpad=0.4, columnspacing=1.0)
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 7), **small)
     return figure
-
-
-def segmentation_pictures(viewer: Viewer, image: Tensor, truth: Tensor) -> list[Tensor]:
-    """Truth, prediction, errors, uint8 [3, H, W]; an error is dark, what has no label grey."""
-    palette = torch.full((256, 3), 200, dtype=torch.uint8)
-    colors = torch.tensor(viewer.checkpoint["palette"], dtype=torch.uint8)
-    palette[: len(colors)] = colors
-    prediction = viewer.predict(image)[0].logits[0].argmax(0).cpu()
-    errors = torch.tensor([[255, 255, 255], [180, 50, 0], [200, 200, 200]], dtype=torch.uint8)
-    kind = torch.where(truth == data.IGNORE, 2, (prediction != truth).long())
-    pictures = (palette[truth.long()], palette[prediction], errors[kind])
-    return [picture.permute(2, 0, 1) for picture in pictures]
 
 
 # ============ routes ============
@@ -484,27 +457,19 @@ def draw_activations(runs, group_runs, paper):
     runs = [run for run in routed if grid_of_run(run) == grid_of_run(routed[0])]
     if not runs:
         return None
-    points, labels = [], []  # per run: the images that are shown, then the centres; the images' experts
-    for run in runs:
-        total = len(run.result.A)
-        chosen = torch.arange(min(max(2, EMBEDDED // len(runs)), total))
-        chosen = chosen * total // len(chosen)  # evenly spaced
-        points.append(torch.cat([run.result.A[chosen], run.clusters.centers]).float())
-        labels.append(run.labels[chosen])
+    points = [torch.cat([run.result.A, run.clusters.centers]).float() for run in runs]
     placed, how = embed(torch.cat(points))
-
-    panels, images = [], {}  # title, groups of points by label, centres; the images by run
-    for run, mine, own in zip(runs, placed.split([len(share) for share in points]), labels):
-        images[id(run)], centers = mine[: len(own)], mine[len(own) :]
+    panels, everyone = [], {}  # title, groups of points by label, centres; the images by setting
+    for run, mine in zip(runs, placed.split([len(share) for share in points])):
+        images, centers = mine[: len(run.result.A)], mine[len(run.result.A) :]
         groups = {}
         for k, size in enumerate(run.metrics["images_per_expert"]):
-            groups[f"expert {k} ({size})"] = images[id(run)][own == k]
+            groups[f"expert {k} ({size})"] = images[run.labels == k]
         panels.append((title_of(run), groups, centers.tolist()))
+        label = next(setting.label for setting in group_runs(runs) if any(run is r for r in setting.runs))
+        everyone[label] = torch.cat([everyone.get(label, images[:0]), images])
     if len(runs) > 1:
-        groups = {}
-        for setting in group_runs(runs):
-            groups[setting.label] = torch.cat([images[id(run)] for run in setting.runs])
-        panels.append(("all together", groups, []))
+        panels.append(("all together", everyone, []))
 
     columns = min(len(panels), 3)
     rows, width = -(-len(panels) // columns), PAGE if columns > 1 else 3.8
@@ -525,9 +490,7 @@ def draw_activations(runs, group_runs, paper):
         below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), handletextpad=0.1)
         ncols = 1 if max(map(len, groups)) > 24 else 2
         ax.legend(markerscale=5 / math.sqrt(size), ncols=ncols, **below)
-    shown, total = sum(map(len, labels)), sum(len(run.result.A) for run in runs)
-    some = f"; {shown} of {total} images, evenly spaced" if shown < total else ""
-    figure.supxlabel(f"numbers in rings: centres\n{how}{some}", fontsize=7)
+    figure.supxlabel(f"numbers in rings: centres\n{how}", fontsize=7)
     return figure
 
 
@@ -601,44 +564,29 @@ def draw_training(run, runs, viewer: Viewer):
 # ============ comparisons ============
 
 
-def trade_off_points(runs, group_runs, score: str, paper: list[dict]) -> list[tuple]:
-    """Per setting, and per published row: label, (GFLOPs, deviation), (score, deviation), colour, fill."""
-    points, colors = [], COLORS[3:] if paper else COLORS  # the first three are of published rows
-    for setting, color in zip(group_runs(runs), itertools.cycle(colors)):
-        count = f" ({len(setting.runs)} runs)" if len(setting.runs) > 1 else ""
-        place = mean_and_deviation(setting, "GFLOPs"), mean_and_deviation(setting, score)
-        points.append((setting.label + count, *place, color, color))
-    for row in paper:
-        color = COLORS[2] if row["source"].startswith("DR ") else COLORS[1]  # Dynamic Routing's own numbers
-        if not row["gate"]:
-            color = "0.4"
-        elif row["method"].startswith("DivDR"):
-            color = COLORS[0]
-        x = float(row["gflops"]), float(row["gflops_std"] or 0)
-        y = float(row["score"]), float(row["score_std"] or 0)
-        label = row["method"] + ", full gates" * (row["gate"] == "full")
-        label += f", K {row['k']}" if row["k"] else ""
-        points.append((f"{label} ({row['source']})", x, y, color, "white"))
-    return points
-
-
 def draw_trade_off(runs, group_runs, paper):
     """Score against GFLOPs, a point for each setting with its deviation over seeds (figure 8 of the paper).
 
-    The papers' points, if any, are open markers: blue DivDR, orange Dynamic Routing in the DivDR paper, green
-    Dynamic Routing's own numbers, grey static networks.
+    The papers' points, if any, are open markers: blue DivDR, orange Dynamic Routing, grey static networks.
     """
-    panels = {}
-    for score in SCORES:
-        mine = [run for run in runs if score in run.numbers]
-        theirs = [row for row in paper if row["measure"] == score]
-        if mine or theirs:
-            panels[score] = mine, trade_off_points(mine, group_runs, score, theirs)
+    panels = {}  # score: label, (GFLOPs, deviation), (score, deviation), colour, fill of each point
+    for setting, color in zip(group_runs(runs), itertools.cycle(COLORS[2:])):
+        for score in SCORES:
+            if setting.values(score):
+                x, y = mean_and_deviation(setting, "GFLOPs"), mean_and_deviation(setting, score)
+                label = setting.label + f" ({len(setting.runs)} runs)" * (len(setting.runs) > 1)
+                panels.setdefault(score, []).append((label, x, y, color, color))
+    for row in paper:
+        color = COLORS[0] if row["method"].startswith("DivDR") else COLORS[1] if row["gate"] else "0.4"
+        x = float(row["gflops"]), float(row["gflops_std"] or 0)
+        y = float(row["score"]), float(row["score_std"] or 0)
+        label = row["method"] + ", full gates" * (row["gate"] == "full") + f" ({row['source']})"
+        panels.setdefault(row["measure"], []).append((label, x, y, color, "white"))
     if not panels:
         return None
-    heights = [max(3.2, 0.18 * len(points)) for _, points in panels.values()]  # a line each
+    heights = [max(3.2, 0.18 * len(points)) for points in panels.values()]  # the legend has a line each
     figure, axes = new_figure(PAGE, sum(heights), len(panels), height_ratios=heights)
-    for ax, (score, (mine, points)) in zip(axes.flat, panels.items()):
+    for ax, (score, points) in zip(axes.flat, panels.items()):
         for j, (label, (x, dx), (y, dy), color, fill) in enumerate(points):
             marker = MARKERS[(j + j // len(MARKERS)) % len(MARKERS)]
             ax.errorbar(x, y, dy or None, dx or None, color=color, ls="none", elinewidth=0.8, capsize=2)
@@ -646,10 +594,8 @@ def draw_trade_off(runs, group_runs, paper):
         low, high = ax.dataLim.intervalx
         if 0 < 8 * low < high:
             ax.set_xscale("log")
-        else:
-            ax.locator_params(axis="x", nbins=5)
-        where = f"{mine[0].metrics['dataset']} {mine[0].metrics['split']}" if mine else "published"
-        ax.set(xlabel=f"GFLOPs per image, count: {(mine or runs)[0].count}", ylabel=f"{score}, %, {where}")
+        where = f"{runs[0].metrics['dataset']} {runs[0].metrics['split']}"
+        ax.set(xlabel=f"GFLOPs per image, count: {runs[0].count}", ylabel=f"{score}, %, {where}")
         ax.margins(0.1)
         ax.grid(color="0.9", lw=0.5)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
