@@ -109,8 +109,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, other in needs.items():
         if getattr(arguments, flag) not in (None, False) and not getattr(arguments, other):
             parser.error(f"--{flag.replace('_', '-')}: goes with --{other}")
-    if arguments.experts and (arguments.image or arguments.predictions or arguments.published):
-        parser.error("--experts: does not go with --image, --predictions and --published")
+    for flag in ("image", "predictions", "published", "figures"):
+        if arguments.experts and getattr(arguments, flag):
+            parser.error(f"--experts: does not go with --{flag}")
     arguments.keep = 0.01 if arguments.keep is None else arguments.keep
     arguments.cut_from = arguments.cut_from or "train"
     arguments.table = several or arguments.published or arguments.format is not None

@@ -1440,17 +1440,6 @@ def test_a_tree_like_vocs_is_read_by_lists_with_its_palette_and_255_void():
     refuses(lambda: run(train_seg.main, flags, "--resume --classes other.csv"), "--resume", "ids")
     Path("train.txt").write_text("a\nz\n")
     refuses(lambda: data.folder_info(None, files), "train.txt: line 2", "z")
-    for path in Path("VOC/JPEGImages").iterdir():  # with endings that differ, lists have the images' names
-        path.rename(path.with_stem(f"{path.stem}_img"))
-    for path in Path("VOC/SegmentationClass").iterdir():
-        path.rename(path.with_stem(f"{path.stem}_mask"))
-    Path("train.txt").write_text("b_img.jpg\n")
-    opened = data.segmentation_dataset("folder", None, "train", False, info=info, **files["train"])
-    assert [tuple(Path(path).stem for path in pair) for pair in opened.pairs] == [("b_img", "b_mask")]
-    shutil.rmtree("VOC/SegmentationClass")
-    opened = data.segmentation_dataset("folder", None, "test", False, info=info, **files["train"])
-    assert len(opened) == 1 and not opened.has_truth
-    refuses(lambda: data.segmentation_dataset("folder", None, "train", False, **files["train"]), "info")
 
 
 def test_the_classes_of_a_folder_are_those_of_all_its_splits():
@@ -1483,13 +1472,10 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
         assert np.array_equal(opened[i][1].numpy(), made[name] - np.uint8(1))
     assert (info.crop, info.short_sides, info.batch) == (32, (24, 36, 48, 60, 72, 96), 4)
     for text, words in [
-        ("id,name\n0,ignore\n1,a\n3,b\n", "has the ids 2"), ("number,name\n1,a\n", "id,name"),
-        ("id,name\n1,a\n1,b\n", "twice"),
-        ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"), ("id,name\n1,a\nx,b\n", "row 3"),
-        ("id,name\n1,a\n256,b\n", "row 3"), ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"),
-        ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9\n", "row 3"), ("", "id,name"),
-        ("id,name,rot\n1,a,9\n2,b,9\n", "rot"), ("id,name\n1,a\n2,\n", "row 3"),
-        ("id,name\n1,a\n2,'" + "b" * 200_000, "classes.csv"),
+        ("id,name\n0,ignore\n1,a\n3,b\n", "has the ids 2"), ("number,name\n1,a\n", "id,name"), ("", "id,name"),
+        ("id,name\n1,a\n1,b\n", "twice"), ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"),
+        ("id,name\n1,a\nx,b\n", "row 3"), ("id,name\n1,a\n256,b\n", "row 3"), ("id,name\n1,a\n2,\n", "row 3"),
+        ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"), ("id,name,rot\n1,a,9\n2,b,9\n", "rot"),
     ]:
         Path("ade/classes.csv").write_text(text)
         refuses(lambda: data.folder_info("ade", files), words)
