@@ -918,12 +918,13 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             if min(record.box[2:]) > 0 and not empty:
                 objects[at].append(record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        said = error
+        said = str(error)
         if isinstance(error, KeyError):
             said = f"has no {error}, or refers to one that is not listed"
-        needed = "COCO's format has categories with id and name; images with id, file_name, width, height; "
-        needed += "annotations with id, image_id, category_id, bbox, area and iscrowd"
-        raise DataError(f"{path}: {where} {said} ({needed})") from error
+        if isinstance(error, KeyError) or where == "it":
+            said += "; COCO's format has categories with id and name, images with id, file_name, width and "
+            said += "height, annotations with id, image_id, category_id, bbox, area and iscrowd"
+        raise DataError(f"{path}: {where} {said}") from error
     usable = []
     for of_image in objects:
         usable.append(any(not found.crowd and min(found.box[2:]) >= 1 for found in of_image))

@@ -1,10 +1,11 @@
 """K-means over the gate activations, the bank that keeps them, and what is read off the clusters
 (paper: section 3.2 and figure 2; Inter and Intra of tables 2 and 3).
 
-    bank = ActivationBank(num_samples=len(dataset), dim=183)
-    bank.update(index, A)                        # every step; index: the numbers of the batch's samples
-    clusters = bank.cluster(k=4)                 # now and then; starts from the last centres
+    bank = ActivationBank(num_samples=len(dataset), dim=backbone.dim, device=images.device)
+    bank.update(index, A)                        # every step; index: int64 [b], the numbers of the samples
+    clusters = bank.cluster(k=4)                 # now and then
     clusters.centers, clusters.labels, clusters.sigma2
+    expert, distance = clusters.nearest(A)       # of any image
 
     bank.update_views(A, other)                  # now and then; other: A(x) of the batch with another look
     clusters = bank.cluster(k=4, metric=bank.view_metric())     # what the look changes counts little
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 2048  # rows worked on at a time where a copy of all would not fit a cache
-INTER_FLOOR = 1e-3  # centres closer than this are one architecture: A lies in [0, 1] per gate
+INTER_FLOOR = 1e-3  # centres closer than this are one architecture
 
 
 # ============ K-means ============
@@ -195,6 +196,8 @@ class Clusters(NamedTuple):
 class ActivationBank:
     """The latest A(x_i) of every training sample by its index, the same on every rank, and its clusters.
 
+    Training keeps in it, every fourth step, the mean over two looks of an image.
+
     Args:
         num_samples, dim: N of the training set, and D. Takes 4·N·D bytes (COCO: 94 MB).
         device: best the one the model runs on; elsewhere every update waits for the model's.
@@ -289,10 +292,12 @@ class ActivationBank:
         """K-means over the recent samples; sets and returns `clusters`.
 
         It starts from the last centres, if there are k, and from K-means++ `restarts` times, and keeps the
-        result with the least inertia. An older sample is of the cluster whose centre is nearest to its value.
+        result with the least inertia: the numbers of the clusters may then change. An older sample is of the
+        cluster whose centre is nearest to its value.
 
         metric: [D, D], what A is multiplied by to find out which samples belong together. Centres and sigma2
-            are in the units of A all the same. Raises ValueError while fewer than k samples are recent.
+            are in the units of A all the same; a cluster without samples then has its centre at 0.
+        Raises ValueError while fewer than k samples are recent.
         """
         recent = self.recent
         index = recent.nonzero().squeeze(1)  # a sync: once per K-means update
@@ -398,8 +403,8 @@ def inter_intra(
     Intra: mean distance over pairs of samples in a cluster, averaged over the clusters of at least two
            samples; 0.0 if there is none.
 
-    A [n, D], labels [n], centers [k, D]. `max_samples` takes that many samples of each cluster, evenly spaced
-    in their order. Raises ValueError for shapes that do not fit or max_samples < 2.
+    A [n, D]; labels [n], -1: left out; centers [k, D]. `max_samples` takes that many samples of each cluster,
+    evenly spaced in their order. Raises ValueError for shapes that do not fit or max_samples < 2.
     """
     if A.dim() != 2 or labels.shape != A.shape[:1] or centers.dim() != 2 or centers.shape[1] != A.shape[1]:
         shapes = f"{tuple(A.shape)}, {tuple(labels.shape)}, {tuple(centers.shape)}"
@@ -423,8 +428,9 @@ def intra_to_centre(A: Tensor, labels: Tensor, centers: Tensor) -> float:
     """Intra as the caption of table 2 words it, "how close the samples are to the cluster centers".
 
     The mean Euclidean distance of a cluster's samples to its centre, averaged over the clusters that have
-    samples; 0.0 if none has. A [n, D], labels [n], centers [k, D].
+    samples; 0.0 if none has. A [n, D]; labels [n], -1: left out; centers [k, D].
     """
+    A, labels = A[labels >= 0], labels[labels >= 0]
     distances = _squared_to_own(A, centers, labels).double().sqrt()
     sizes = labels.bincount(minlength=len(centers))
     sums = distances.new_zeros(len(centers)).index_add_(0, labels, distances)
@@ -445,7 +451,7 @@ def describe_collapse(sizes: list[int], inter: float, intra: float) -> str | Non
     """One line of plain words if the clustering has collapsed, else None.
 
     sizes: samples per cluster. Collapsed is: a cluster without samples, or centres at one place. That is
-    inter below 0.001 (A lies in [0, 1] per gate) or below 0.15 intra (a cut through one cloud: K-means on
+    inter below 0.001 or below 0.15 intra (a cut through one cloud: K-means on
     uniform 198-dimensional noise, which has no clusters, gives 0.10 to 0.13).
     """
     empty = [str(j) for j, size in enumerate(sizes) if size == 0]

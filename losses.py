@@ -15,7 +15,8 @@ def cost_loss(cost: Tensor, total: float | Tensor, budget: float) -> Tensor:
     """L_cost = (C / C_all − mu_budget)², C the batch mean of expected cost (Dynamic Routing, section 3.3).
 
     cost:   [B], expected multiply-adds of each image.
-    total:  C_all > 0, the same cost with every alpha = 1 (float or 0-dim tensor).
+    total:  C_all > 0, the same cost with every alpha = 1 (float or 0-dim tensor); of a RoutedBackbone
+            `backbone.costs(H, W).full`.
     budget: mu_budget in [0, 1], the share of C_all to aim for.
     Returns a 0-dim tensor. Raises ValueError for a cost that is not [B >= 1] or a budget outside [0, 1].
     """

@@ -16,8 +16,9 @@ every image has an architecture of its own, A(x). Four words say what runs for a
     reached    A node is reached where something is delivered to it. Other nodes do not run; their A is 0.
 
 Training runs everything and multiplies by zero what is closed. Evaluation can skip closed work, image by
-image. Both follow these rules and give the same result, in float32 within 1e-5; where convolutions run in
-TF32, torch's default on GPUs that have it, within 3e-3, and a gate at its threshold may decide otherwise.
+image. Both follow these rules and give the same result: a trained network's in float32 within 1e-5 of the
+largest value; where convolutions run in TF32, torch's default on GPUs that have it, within 3e-3, and a gate
+at its threshold may decide otherwise.
 
 A *route* is a choice of paths for all images. Paths outside it do not exist, and a node without a path has no
 cell and hands its input on: what is left is a static network, a `FixedBackbone`.
@@ -265,7 +266,8 @@ class Grid(nn.Module):
         """
         height, width = x.shape[-2:]
         if height % self.stride or width % self.stride:
-            raise ValueError(f"image of {height}x{width}: both must be multiples of {self.stride}")
+            words = f"both must be multiples of {self.stride}, see pad_to_stride"
+            raise ValueError(f"image of {height}x{width}: {words}")
         first = self.stem(x)
         arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing is delivered
         place = "cpu" if skip else x.device  # of all that decides what runs
@@ -361,7 +363,8 @@ class RoutedBackbone(Grid):
 
         features: one tensor [B, width·2^s, H/4/2^s, W/4/2^s] per scale, fine to coarse.
         A: gate activations [B, 3·nodes] in [0, 1), per node (up, keep, down), 0 where there is no path.
-        cost: [B] expected multiply-adds of cells and paths (paper count), differentiable, for the budget.
+        cost: [B] expected multiply-adds of cells and paths (paper count), differentiable; a budget is a share
+            of `costs(H, W).full`, what it is with everything open.
 
         Raises ValueError if H or W is not a multiple of `stride`.
         """

@@ -809,7 +809,7 @@ def inter_intra_by_hand(A, labels, centers):
 
 def test_inter_and_intra_are_mean_distances_over_pairs_and_tell_a_collapse():
     A, centers, labels = torch.rand(90, 5), torch.rand(5, 5), torch.randint(3, (90,))
-    labels[0] = 3  # one sample: no pair; cluster 4 is empty
+    labels[0], labels[1] = 3, -1  # one sample: no pair; one that is left out; cluster 4 is empty
     *by_hand, to_centre = inter_intra_by_hand(A, labels, centers)
     assert kmeans.inter_intra(A, labels, centers) == pytest.approx(by_hand, rel=1e-5)
     assert kmeans.intra_to_centre(A, labels, centers) == pytest.approx(to_centre, rel=1e-5)
@@ -1472,10 +1472,12 @@ def test_a_tree_like_ade20ks_has_an_id_that_is_no_class():
         assert np.array_equal(opened[i][1].numpy(), made[name] - np.uint8(1))
     assert (info.crop, info.short_sides, info.batch) == (32, (24, 36, 48, 60, 72, 96), 4)
     for text, words in [
-        ("id,name\n0,ignore\n1,a\n3,b\n", "has the ids 2"), ("number,name\n1,a\n", "id,name"), ("", "id,name"),
-        ("id,name\n1,a\n1,b\n", "twice"), ("id,name\n1,a\n2,a\n", "name a"), ("id,name\n1,a\n", "1 classes"),
-        ("id,name\n1,a\nx,b\n", "row 3"), ("id,name\n1,a\n256,b\n", "row 3"), ("id,name\n1,a\n2,\n", "row 3"),
-        ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"), ("id,name,rot\n1,a,9\n2,b,9\n", "rot"),
+        ("id,name\n0,ignore\n1,a\n3,b\n", "has the ids 2"), ("number,name\n1,a\n", "id,name"),
+        ("", "id,name"), ("id,name\n1,a\n1,b\n", "twice"), ("id,name\n1,a\n2,a\n", "name a"),
+        ("id,name\n1,a\n", "1 classes"), ("id,name\n1,a\nx,b\n", "row 3"),
+        ("id,name\n1,a\n256,b\n", "row 3"), ("id,name\n1,a\n2,\n", "row 3"),
+        ("id,name,red,green,blue\n1,a,9,9,9\n2,b,9,9,9\n", "(9, 9, 9)"),
+        ("id,name,rot\n1,a,9\n2,b,9\n", "rot"),
     ]:
         Path("ade/classes.csv").write_text(text)
         refuses(lambda: data.folder_info("ade", files), words)
@@ -1778,6 +1780,26 @@ ALONE = {
     "kmeans": "kmeans.ActivationBank(20, 4).update(torch.arange(20), torch.rand(20, 4))",
     "data": "data.segmentation_dataset('camvid', 'camvid', 'train', True)[0]",
 }
+
+
+# What the README's example of copied files takes from the project that they are copied into.
+AROUND_THE_EXAMPLE = """
+import torch
+device, dataset, steps = "cpu", range(8), 50
+batches = [(torch.rand(2, 3, 60, 64), torch.tensor([step % 8, (step + 1) % 8])) for step in range(steps)]
+task = lambda features: features[0].square().mean()
+"""
+
+
+def test_the_readmes_example_of_copied_files_trains_and_clusters():
+    for name in ("routing", "losses", "kmeans"):
+        shutil.copy(HERE / f"{name}.py", ".")
+    example = re.search(r"```python\n(from kmeans.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    example = example.replace("layers=16, width=64", "layers=4, width=4")
+    example = example.replace("for step", "optimizer = torch.optim.SGD(backbone.parameters(), 0.1)\nfor step")
+    example = example.replace("step % 50 == 49", "step % 10 == 9")
+    code = AROUND_THE_EXAMPLE + example + "assert sum(bank.clusters.sizes) == 8 and len(expert) == 2\n"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
 def test_files_work_alone_in_an_empty_folder():

@@ -31,7 +31,7 @@ from model import (
     VARIANTS, InputError, number, one_line_errors, read_weights, save_checkpoint, start_process,
 )
 from train_seg import (
-    VIEWS_EVERY, Log, check_same, distribute, fingerprint, finish, kmeans_interval, last_step, make_bank,
+    VIEWS_EVERY, Log, about_step, check_same, distribute, fingerprint, finish, kmeans_interval, make_bank,
     make_model, make_optimizer, mean_over_ranks, open_run, parse, recompute_activations,
     reestimate_batch_norm, resolve, shapes_options, shared_settings, warm_up,
 )
@@ -155,23 +155,24 @@ def main(argv: list[str] | None = None) -> None:
         images, targets = to_device(images, targets, device)
         index = index.to(bank.values.device, non_blocking=True)
 
-        # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3)
+        # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3). Each
+        # term is a number, weighted already, of this rank's images; the log has it as loss_NAME.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             out = network(images, targets)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {name.removeprefix("loss_"): loss for name, loss in out.losses.items()}  # L_task, in parts
-        pulls = None
+        hinge = None  # the clustering loss of each image
         if config.lambda1:
-            share = out.cost / model.full_cost(*out.padded)  # ranks differ in size
+            share = out.cost / model.full_cost(*out.padded)  # of C_all; ranks differ in size
             share = mean_over_ranks(share, world)
-            ramp = budget_ramp((iteration - 1) / config.iters)
+            ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
             terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
             own = clusters.labels[index]
-            pulls = clustering_loss(
+            hinge = clustering_loss(
                 A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
-            terms["clustering"] = config.lambda2 * pulls.mean()
+            terms["clustering"] = config.lambda2 * hinge.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -180,19 +181,20 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step()
         log.add(terms, gradient_norm, index)
 
-        # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
-        # tells what the clusters are.
-        seen = A.detach()
+        # (2) K-means, theta fixed, over the latest A(x) of the images that the last --bank-age iterations
+        # saw. Without lambda2 no loss reads the clusters: they are for the log and for evaluation. A network
+        # without gates has no --k.
+        to_bank = A.detach()
         if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
             # The same images with another look: K-means counts little what that changes in A(x).
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 other = model.routes(data.change_look(images)).activations(config.gate_space)
             bank.update_views(A, other)
-            seen = (seen + other) / 2
-        bank.update(index, seen)
+            to_bank = (to_bank + other) / 2
+        bank.update(index, to_bank)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
-            log.check(iteration)  # K-means must not see what is not finite
+            log.checked_means(iteration)  # K-means must not see what is not finite
             if config.activations == "recompute":
                 full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
@@ -202,14 +204,15 @@ def main(argv: list[str] | None = None) -> None:
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
-                bank.cluster(config.k, config.seed + iteration, metric=bank.view_metric())
+                metric = bank.view_metric() if config.metric == "views" else None
+                bank.cluster(config.k, config.seed + iteration, restarts=4, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 
         # ============ logging, evaluating, saving ============
         improved = False
         if logging:
-            log.steps_line(iteration, lr, last_step(model, out, out.padded, pulls))
+            log.steps_line(iteration, lr, about_step(model, out, out.padded, hinge))
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world)

@@ -13,6 +13,9 @@
     # two machines, the same on each; the runs folder is on a disk that both share
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
 
+The step is in `main`; train_det.py has the same loop for detection. The weights of the loss terms come with
+the variant, see VARIANTS in model.py.
+
 A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and
 best.pt. Stopped, it goes on with the same command and --resume; --resume auto also starts it.
 """
@@ -62,8 +65,8 @@ RECIPES = {
     "shapes": dict(
         layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50, subsets=2),
 }
-# Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and what gates, which start
-# at random, have of it.
+# Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and how many times as much
+# that of the gates is, which start at random.
 FROM_WEIGHTS = dict(lr=0.02, gate_lr=2.5)
 VIEWS_EVERY = 4  # iterations from one second look at a batch to the next, --metric views
 
@@ -163,20 +166,21 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     method = parser.add_argument_group("method (networks with gates)")
     add = method.add_argument
     add("--gate-lr", type=number(float, 0),
-        help=f"that of the gates over --lr, by default 1, or {FROM_WEIGHTS['gate_lr']} if --init has none")
+        help=f"factor of --lr for the gates, by default 1, or {FROM_WEIGHTS['gate_lr']} if --init has none")
     add("--lambda1", type=number(float, 0), help="weight of the cost loss")
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
     add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
-    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0, help="how much it has grown in the end")
+    add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
+        help="factor by which --kmeans-every has grown at the end")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
     add("--bank-age", type=number(int, 1), default=2000,
-        help="K-means leaves out the samples that so many iterations have not seen")
+        help="K-means sees what the last so many iterations saw")
     add("--metric", choices=["views", "plain"], default="views",
-        help="of K-means: views, in which what an image's look changes in A(x) counts little, or the paper's")
+        help="distances of K-means: plain, the paper's, or views: what another look changes counts little")
     add("--oracle", action="store_true", help="shapes: centres of the true subsets; sets --metric plain")
     add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster alpha, or its logit")
     parser.of_gates = [action.dest for action in method._group_actions]
@@ -216,7 +220,9 @@ def resolve(config, process: Process, recipe: dict, saved: dict | None, weights,
     if config.warmup is None:
         config.warmup = min(recipe["warmup"], config.iters // 10)
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    asked_for_amp, config.amp = config.amp, on_gpu if config.amp is None else config.amp
+    asked_for_amp = config.amp
+    if config.amp is None:
+        config.amp = on_gpu
     rates = dict(init=None, lr=recipe["lr"], gate_lr=1.0)
     if saved:  # these need not be repeated
         rates = {name: saved["config"][name] for name in rates}
@@ -329,21 +335,24 @@ def main(argv: list[str] | None = None) -> None:
         masks = masks.to(device, non_blocking=True).long()
         index = index.to(bank.values.device, non_blocking=True)
 
-        # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3)
+        # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3). Each
+        # term is a number, weighted already, of this rank's images; the log has it as loss_NAME.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             out = network(images)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
-        terms, pulls = {"task": segmentation_loss(out.logits.float(), masks, world)}, None
+        terms = {"task": segmentation_loss(out.logits.float(), masks, world)}
+        hinge = None  # the clustering loss of each image
         if config.lambda1:
-            cost, total = mean_over_ranks(out.cost, world), model.full_cost(*images.shape[-2:])
-            ramp = budget_ramp((iteration - 1) / config.iters)
+            cost = mean_over_ranks(out.cost, world)
+            total = model.full_cost(*images.shape[-2:])  # C_all
+            ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
             terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
             own = clusters.labels[index]
-            pulls = clustering_loss(
+            hinge = clustering_loss(
                 A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
-            terms["clustering"] = config.lambda2 * pulls.mean()
+            terms["clustering"] = config.lambda2 * hinge.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -352,19 +361,20 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step()
         log.add(terms, gradient_norm, index)
 
-        # (2) K-means over the gate activations of the training set, theta fixed. Without lambda2 it only
-        # tells what the clusters are.
-        seen = A.detach()
+        # (2) K-means, theta fixed, over the latest A(x) of the images that the last --bank-age iterations
+        # saw. Without lambda2 no loss reads the clusters: they are for the log and for evaluation. A network
+        # without gates has no --k.
+        to_bank = A.detach()
         if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
             # The same images with another look: K-means counts little what that changes in A(x).
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 other = model.routes(data.normalize(data.change_look(pixels))).activations(config.gate_space)
             bank.update_views(A, other)
-            seen = (seen + other) / 2
-        bank.update(index, seen)
+            to_bank = (to_bank + other) / 2
+        bank.update(index, to_bank)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
-            log.check(iteration)  # K-means must not see what is not finite
+            log.checked_means(iteration)  # K-means must not see what is not finite
             if config.activations == "recompute":
                 full_pass = data.pass_loader(
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
@@ -374,14 +384,15 @@ def main(argv: list[str] | None = None) -> None:
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
-                bank.cluster(config.k, config.seed + iteration, metric=bank.view_metric())
+                metric = bank.view_metric() if config.metric == "views" else None
+                bank.cluster(config.k, config.seed + iteration, restarts=4, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 
         # ============ logging, evaluating, saving ============
         improved = False
         if logging:
-            log.steps_line(iteration, lr, last_step(model, out, images.shape[-2:], pulls))
+            log.steps_line(iteration, lr, about_step(model, out, images.shape[-2:], hinge))
         if evaluating:
             bn_loader = data.train_loader(  # in another order than training
                 train_set, config.batch, config.workers, config.seed + 1, rank, world)
@@ -490,7 +501,10 @@ def segmentation_loss(logits: Tensor, masks: Tensor, world: int) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor, world: int) -> Tensor:
-    """Mean of [B] over the images of all ranks: [1], with the gradient of this rank's own mean."""
+    """Mean of [B] over the images of all ranks: [1], with the gradient of this rank's own mean.
+
+    The square of the cost loss needs the mean of all; DistributedDataParallel then averages the gradients.
+    """
     own = values.mean()[None]
     if world == 1:
         return own
@@ -656,7 +670,7 @@ class Log:
         self.index = index
         self.bar.update()
 
-    def check(self, iteration: int) -> dict[str, float]:
+    def checked_means(self, iteration: int) -> dict[str, float]:
         """Means of what was added since the last line, over the steps that had it and over all ranks.
 
         Raises InputError, on all ranks, where one is not finite: nothing broken is saved.
@@ -674,17 +688,17 @@ class Log:
             raise InputError(f"iteration {iteration}: {words}")
         return means
 
-    def steps_line(self, iteration: int, lr: float, last_step: dict[str, Tensor]) -> None:
-        """A line about the steps since the last one, with more about the last step.
+    def steps_line(self, iteration: int, lr: float, of_last: dict[str, Tensor]) -> None:
+        """A line about the steps since the last line, with more about the last step.
 
-        Raises InputError as `check` does.
+        Raises InputError as `checked_means` does.
         """
         steps = len(self.values["gradient_norm"])
-        self.values |= {name: [value] for name, value in last_step.items()}
-        means = {name: float(f"{value:.6g}") for name, value in self.check(iteration).items()}
+        self.values |= {name: [value] for name, value in of_last.items()}
+        means = {name: float(f"{value:.6g}") for name, value in self.checked_means(iteration).items()}
         speed = steps * self.config.batch / (time.perf_counter() - self.started)
         self.write("train", iteration, **means, lr=lr, images_per_second=speed)
-        shown = {name: value for name, value in means.items() if name not in last_step}
+        shown = {name: value for name, value in means.items() if name not in of_last}
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | {"images/s": speed}).items()})
         self.values, self.started = {}, time.perf_counter()
 
@@ -714,18 +728,18 @@ class Log:
             self.bar.write(f"iteration {iteration}: {words} on val, GFLOPs per image {costs}")
 
 
-def last_step(model: nn.Module, out, size: tuple[int, int], pulls: Tensor | None) -> dict[str, Tensor]:
+def about_step(model: nn.Module, out, size: tuple[int, int], hinge: Tensor | None) -> dict[str, Tensor]:
     """Of the step just done: G multiply-adds per image, what ran and what alpha expects of cells and paths.
 
-    hinge_active: the share of images that the clustering loss, `pulls` [B], moves; the others are beyond its
-    margin, or, in the first epoch, in no cluster yet.
+    hinge_active: the share of images that the clustering loss, `hinge` [B], moves; the others are beyond its
+    margin, or were not seen before the last K-means.
     """
     parts = model.real_cost(out.routes, *size, model.counts[0])
     real = sum(parts.values()).double().mean()
     routed = sum(parts[part].double().mean() for part in ("cells", "paths") if part in parts)
     costs = {"real": real, "expected": real - routed + out.cost.detach().cpu().double().mean()}
     found = {f"gflops_{name}": (cost.float() / 1e9).to(out.cost.device) for name, cost in costs.items()}
-    return found if pulls is None else found | {"hinge_active": (pulls > 0).float().mean()}
+    return found if hinge is None else found | {"hinge_active": (hinge > 0).float().mean()}
 
 
 def finish(folder: Path, config: argparse.Namespace, process: Process, log: Log) -> None:
