@@ -40,7 +40,6 @@ import pickle
 import re
 import unicodedata
 import warnings
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -49,7 +48,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -667,14 +666,9 @@ def _opened(path: str | os.PathLike, load: bool = True):
     except DataError:
         raise
     except Exception as error:  # on a damaged file Pillow raises anything from TypeError to struct.error
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, Image.DecompressionBombError):
-            limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that Pillow opens"
-            reason = f"more than {limit}; scale it down, or cut it into parts"
-        elif isinstance(error, MemoryError):
-            reason = "more memory is needed than there is; scale it down, or cut it into parts"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "no format that Pillow knows, or damaged"
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+            reason += "; scale it down, or cut it into parts"
         raise DataError(f"{path}: cannot be read as an image ({reason})") from error
 
 
@@ -921,7 +915,7 @@ def read_coco(path: str, masks: bool) -> CocoFile:
         said = str(error)
         if isinstance(error, KeyError):
             said = f"has no {error}, or refers to one that is not listed"
-        if isinstance(error, KeyError) or where == "it":
+        if isinstance(error, KeyError) or not where.startswith("annotation"):
             said += "; COCO's format has categories with id and name, images with id, file_name, width and "
             said += "height, annotations with id, image_id, category_id, bbox, area and iscrowd"
         raise DataError(f"{path}: {where} {said}") from error
@@ -979,17 +973,11 @@ def _pack_polygons(segmentation):
     polygons = segmentation if isinstance(segmentation, list) else []
     if polygons and isinstance(polygons[0], (int, float)):  # one, without brackets of its own
         polygons = [polygons]
-    try:
-        corners = [array("d", polygon) for polygon in polygons]  # raises unless all are numbers
-    except (TypeError, OverflowError):
-        return segmentation
-    for polygon in corners:
-        # A sum is finite where all are; and NaN is neither less nor more than others.
-        if len(polygon) < 6 or len(polygon) % 2 or not math.isfinite(sum(polygon)):
+    for polygon in polygons:
+        fits = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not fits or not all(isinstance(x, (int, float)) and -_FAR <= x <= _FAR for x in polygon):
             return segmentation
-        if min(polygon) < -_FAR or max(polygon) > _FAR:
-            return segmentation
-    return pickle.dumps(polygons) if corners else segmentation
+    return pickle.dumps(polygons) if polygons else segmentation
 
 
 def _check_outline(segmentation, height: int, width: int) -> bytes:
@@ -1149,9 +1137,8 @@ class CocoImages(Dataset):
     def coco(self):
         """The truth as pycocotools has it, of the whole file.
 
-        Boxes are cut at the edges of their image, and what is outside is left out. pycocotools reads an id of
-        0 as "not matched", and a text as a list of ids: so images have their row in the file as id,
-        categories their label, and objects their number, from 1.
+        It reads an id of 0 as "not matched", and a text as a list of ids: so images have their row in the
+        file as id, categories their label, and objects their number, from 1.
         """
         images, annotations = [], []
         for row, (height, width) in enumerate(self.file.sizes.tolist()):

@@ -50,7 +50,7 @@ from model import (
     VARIANTS, InputError, Parser, Process, cores_per_process, extra, load_checkpoint, make_folder, number,
     one_line_errors, read_file, start_process, table, three_digits, write_file,
 )
-from routing import fuse
+from routing import Routes, fuse
 
 # Flags on which the scores depend, with the checkpoint and the split.
 OF_SCORES = ("variant", "dataset", "data", "json", "images", "labels", "list", "limit", "eval_batch")
@@ -143,10 +143,8 @@ class SegmentationResult(Result):
         return self.iou().nanmean().item()
 
     def scores(self) -> dict:
-        """mIoU and IoU by class on 0..1, None for a class that does not occur."""
-        iou = [None if math.isnan(value) else value for value in self.iou().tolist()]
-        miou = self.miou()
-        return {"miou": None if math.isnan(miou) else miou, "iou": iou}
+        """mIoU and IoU by class on 0..1, nan for a class that does not occur."""
+        return {"miou": self.miou(), "iou": self.iou().tolist()}
 
 
 @torch.no_grad()
@@ -211,7 +209,7 @@ def evaluate_detection(
         out = network([data.as_float(image.to(process.device)) for image in images])
         A = out.routes.activations(gate_space).cpu()
         for b, i in enumerate(index.tolist()):
-            routes = out.routes.of_image(b)
+            routes = Routes(*(part[b : b + 1] for part in out.routes))
             sizes = {count: (*out.sizes[b], count) for count in model.counts}
             sizes["paper at 800x800"] = (800, 800, "paper")
             cost = {name: sum(model.real_cost(routes, *size).values()).item() for name, size in sizes.items()}
@@ -254,12 +252,10 @@ def average_precision(dataset, detections: list[dict], kind: str) -> tuple[dict[
 
     kind: "bbox" or "segm". The numbers are on 0..1; -1 where there is nothing to measure.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     names = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"]
     names += ["AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large"]
-    printed = io.StringIO()
     row_of = dict(zip(dataset.image_ids, dataset.rows))
     label_of = {category: label for label, category in enumerate(dataset.category_ids, 1)}
     renumbered = []
@@ -272,14 +268,12 @@ def average_precision(dataset, detections: list[dict], kind: str) -> tuple[dict[
         if renumbered:
             results = dataset.coco.loadRes(renumbered)
         else:
-            results = COCO()
-            results.dataset = dataset.coco.dataset | {"annotations": []}
-            results.createIndex()
+            results = data.coco_of(dataset.coco.dataset["images"], [], dataset.classes)
         evaluator = COCOeval(dataset.coco, results, kind)
         evaluator.params.imgIds = dataset.rows
         evaluator.evaluate()
         evaluator.accumulate()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluator.summarize()
     return dict(zip(names, evaluator.stats.tolist())), printed.getvalue()
 
@@ -380,12 +374,11 @@ class Split:
     def report(self, result: Result) -> tuple[dict, str]:
         """Scores in %, as metrics.json has them, and as text. Those of a detector are the first process's."""
         if self.segmentation:
-            miou = 100 * result.miou() if result.confusion.any() else None  # a test split may have no labels
-            iou, rows = {}, [["class", f"IoU % {self.name}"]]
-            for name, value in zip(self.checkpoint["classes"], result.scores()["iou"]):
-                iou[name] = None if value is None else 100 * value
-                rows.append([name, "absent" if value is None else f"{100 * value:.2f}"])
-            rows.append(["mean", "no labels" if miou is None else f"{miou:.2f}"])
+            miou, rows = 100 * result.miou(), [["class", f"IoU % {self.name}"]]
+            iou = dict(zip(self.checkpoint["classes"], (100 * result.iou()).tolist()))
+            for name, value in iou.items():
+                rows.append([name, "absent" if math.isnan(value) else f"{value:.2f}"])
+            rows.append(["mean", "no labels" if math.isnan(miou) else f"{miou:.2f}"])  # of a test split
             return {"miou": miou, "iou": iou}, f"{table(rows, left=1)}   over {len(result.A)} images"
         metrics, tables = {"detections": len(result.detections)}, []
         kinds = {"box": "bbox"} | ({"mask": "segm"} if self.checkpoint["model_args"]["masks"] else {})
@@ -505,7 +498,7 @@ class Run:
             "To centre": metrics.get("intra_to_centre"),
             "Recovered": metrics.get("subsets", {}).get("accuracy"),
         }
-        return {column: value for column, value in numbers.items() if value is not None}
+        return {name: n for name, n in numbers.items() if n is not None and not math.isnan(n)}
 
 
 def name_of_run(path: Path) -> str:
@@ -603,18 +596,11 @@ def write(arguments, path: Path, writer) -> bool:
 
 def as_json(content, indent: int | None = None) -> str:
     """json, in which what is not finite is null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:
-        return json.dumps(plain(content), indent=indent)
+        finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=indent)
 
 
 def prediction_writer(arguments, split: Split):
@@ -650,10 +636,6 @@ def mean_min_max(flops: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
 
 
-def mean_gflops(flops: Tensor) -> float | None:
-    return flops.double().mean().item() / 1e9 if len(flops) else None
-
-
 def describe_experts(A: Tensor, flops: Tensor, centers: Tensor, labels: Tensor) -> dict:
     """A: [N, D]; flops: [N], paper count; centers: [K, D]; labels: [N]. Distances are in the units of A."""
     inter, intra = inter_intra(A, labels, centers)
@@ -662,7 +644,7 @@ def describe_experts(A: Tensor, flops: Tensor, centers: Tensor, labels: Tensor) 
         "k": len(centers), "inter": inter, "intra": intra,
         "intra_to_centre": intra_to_centre(A, labels, centers),
         "images_per_expert": [int((labels == k).sum()) for k in experts],
-        "gflops_per_expert": [mean_gflops(flops[labels == k]) for k in experts],
+        "gflops_per_expert": [flops[labels == k].double().mean().item() / 1e9 for k in experts],
     }
 
 
@@ -682,7 +664,7 @@ def print_report(run: Run, scores: str) -> None:
     print(f"\ninter {inter:.3f} (between the {metrics['k']} centres), {within}")
     rows = [["expert", "images", "share", "GFLOPs"]]
     for k, (size, gflops) in enumerate(zip(sizes, metrics["gflops_per_expert"])):
-        cost = "-" if gflops is None else three_digits(gflops)
+        cost = three_digits(gflops) if size else "-"
         rows.append([k, size, f"{100 * size / metrics['images']:.1f}%", cost])
     print(table(rows, left=1))
     empty, collapse = sizes.count(0), describe_collapse(sizes, inter, intra)

@@ -136,7 +136,7 @@ def print_cost(argv: list[str]) -> None:
         whole = three_places(counter.get_total_flops() / 2 / 1e9)
         print(f"the whole detector on noise, convolutions and linear layers, by torch's counter: {whole}")
     if model.dim:
-        full = three_places(model.full_cost(height, width) / 1e9)
+        full = three_places(model.backbone.costs(height, width).full / 1e9)
         print(f"the budget is a share of cells + paths (paper): {full}")
 
 

@@ -156,11 +156,8 @@ def _distances(x: Tensor, centers: Tensor) -> Tensor:
 def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centre of each sample, the first on a tie, and the Euclidean distance to it.
 
-    x [n, D], centers [k, D] -> (labels [n] int64, distances [n]). Raises ValueError if shapes do not fit.
+    x [n, D], centers [k, D] -> (labels [n] int64, distances [n]).
     """
-    if x.dim() != 2 or centers.dim() != 2 or x.shape[1] != centers.shape[1] or len(centers) == 0:
-        shapes = f"{tuple(x.shape)} and {tuple(centers.shape)}"
-        raise ValueError(f"x must be [n, D] and centers [k >= 1, D], not {shapes}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     distances, labels = _distances(x, centers.to(x)).min(dim=1)
     return labels, distances
@@ -183,7 +180,7 @@ class Clusters(NamedTuple):
         """The clusters of A [n, D] alone, k or, of fewer samples, as many as there are."""
         centers, labels, inertia = kmeans(A, min(k, len(A)))
         sizes = labels.bincount(minlength=len(centers)).tolist()
-        return cls(centers, labels, _sigma2(inertia, len(A)), sizes)
+        return cls(centers, labels, inertia / max(len(A) - 1, 1), sizes)
 
     def nearest(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest centre [n] of each A [n, D], and the distance [n] to it, both in the metric."""
@@ -220,11 +217,6 @@ class ActivationBank:
         self.within = torch.zeros(dim, dim, device=device)
         self.between = torch.zeros(dim, dim, device=device)
         self.compared = 0
-
-    @property
-    def seen(self) -> Tensor:
-        """bool [N]: the samples that have a value."""
-        return self.seen_at > 0
 
     @property
     def recent(self) -> Tensor:
@@ -307,10 +299,10 @@ class ActivationBank:
         if self.clusters is not None and len(self.clusters.centers) == k:
             start = self.clusters.centers
         centers = self.values.new_empty(k, self.values.shape[1])
-        labels = torch.full_like(self.seen, -1, dtype=torch.int64)
+        labels = torch.full_like(self.seen_at, -1)
         inertia = self.values.new_zeros(1, dtype=torch.float64)
-        if not _distributed() or dist.get_rank() == 0:
-            A, older = self.values[index], (self.seen & ~recent).nonzero().squeeze(1)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            A, older = self.values[index], ((self.seen_at > 0) & ~recent).nonzero().squeeze(1)
             old = self.values[older]
             if metric is not None:
                 A, old = A @ metric, old @ metric
@@ -321,11 +313,11 @@ class ActivationBank:
             labels[older] = assign(old, centers)[0]
             if metric is not None:
                 centers, inertia[0] = _means(self.values[index], labels[index], k)
-        if _distributed():
+        if dist.is_initialized():
             for tensor in (centers, labels, inertia):
                 dist.broadcast(tensor, 0)
         sizes = labels[index].bincount(minlength=k).tolist()
-        self.clusters = Clusters(centers, labels, _sigma2(inertia.item(), len(index)), sizes, metric)
+        self.clusters = Clusters(centers, labels, inertia.item() / max(len(index) - 1, 1), sizes, metric)
         return self.clusters
 
     def cluster_known(self, labels: Tensor, k: int) -> Clusters:
@@ -337,7 +329,7 @@ class ActivationBank:
         A, own = self.values[self.recent], labels[self.recent]
         centers, inertia = _means(A, own, k)
         sizes = own.bincount(minlength=k).tolist()
-        self.clusters = Clusters(centers, labels, _sigma2(inertia, len(A)), sizes)
+        self.clusters = Clusters(centers, labels, inertia / max(len(A) - 1, 1), sizes)
         return self.clusters
 
     def state_dict(self) -> dict:
@@ -350,18 +342,14 @@ class ActivationBank:
         if state["values"].shape != self.values.shape:
             shapes = f"{tuple(self.values.shape)}, the state {tuple(state['values'].shape)}"
             raise ValueError(f"the bank is {shapes}")
-        self.values.copy_(state["values"])
-        self.seen_at.copy_(state["seen_at"])
-        self.updates = state["updates"]
-        self.within.copy_(state["within"])
-        self.between.copy_(state["between"])
-        self.compared = state["compared"]
+        for name in ("values", "seen_at", "within", "between"):
+            getattr(self, name).copy_(state[name])
+        self.updates, self.compared = state["updates"], state["compared"]
         if state["clusters"] is not None:
-            place = self.values.device
-            clusters = Clusters(**state["clusters"])
-            metric = None if clusters.metric is None else clusters.metric.to(place)
-            centers, labels = clusters.centers.to(place), clusters.labels.to(place)
-            self.clusters = clusters._replace(centers=centers, labels=labels, metric=metric)
+            parts = {}
+            for name, part in state["clusters"].items():
+                parts[name] = part.to(self.values.device) if isinstance(part, Tensor) else part
+            self.clusters = Clusters(**parts)
 
 
 def _means(A: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
@@ -372,22 +360,13 @@ def _means(A: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
     return means.float(), (A - means[labels]).square().sum().item()
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _gather(value: Tensor) -> Tensor:
     """[b, ...] on each rank -> [ranks · b, ...] on all."""
-    if not _distributed():
+    if not dist.is_initialized():
         return value
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
-
-
-def _sigma2(inertia: float, n: int) -> float:
-    """sigma2 of equation (2) for n samples; fewer than two have no spread, 0."""
-    return inertia / max(n - 1, 1)
 
 
 # ============ what is read off the clusters ============
@@ -403,14 +382,9 @@ def inter_intra(
     Intra: mean distance over pairs of samples in a cluster, averaged over the clusters of at least two
            samples; 0.0 if there is none.
 
-    A [n, D]; labels [n], -1: left out; centers [k, D]. `max_samples` takes that many samples of each cluster,
-    evenly spaced in their order. Raises ValueError for shapes that do not fit or max_samples < 2.
+    A [n, D]; labels [n], -1: left out; centers [k, D]. `max_samples`, at least 2, takes that many samples of
+    each cluster, evenly spaced in their order.
     """
-    if A.dim() != 2 or labels.shape != A.shape[:1] or centers.dim() != 2 or centers.shape[1] != A.shape[1]:
-        shapes = f"{tuple(A.shape)}, {tuple(labels.shape)}, {tuple(centers.shape)}"
-        raise ValueError(f"A [n, D], labels [n] and centers [k, D] do not fit: {shapes}")
-    if max_samples is not None and max_samples < 2:
-        raise ValueError(f"max_samples must be at least 2, not {max_samples}")
     intra = []
     for j in range(len(centers)):
         members = (labels == j).nonzero().squeeze(1)  # a sync: this is for the log

@@ -231,7 +231,7 @@ class SegmentationHead(nn.Module):
 #   counts: the names of its FLOP counts, first the one to report
 #   real_cost(routes, height, width, count) -> {part: int64 [B], or [1] where all images cost the same}
 # and where dim is not 0:
-#   routes(images) -> Routes, full_cost(height, width) -> C_all, and cut(route) -> the static network
+#   routes(images) -> Routes, and cut(route) -> the static network
 #   backbone.all_nodes(), .nodes_per_layer and .costs(height, width), for the figures
 
 
@@ -261,10 +261,6 @@ class Segmenter(nn.Module):
         """The static network of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
         fixed = Segmenter(self.backbone.cut(route), copy.deepcopy(self.head)).train(self.training)
         return fixed.to(memory_format=torch.channels_last)
-
-    def full_cost(self, height: int, width: int) -> int:
-        """C_all of the budget: `SegmentationOutput.cost` with everything open."""
-        return self.backbone.costs(height, width).full
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of each image by part, int64 [B] or, of a fixed route, [1]: stem, cells, paths,
@@ -308,12 +304,6 @@ class Pyramid(nn.Module):
         for level, (lateral, feature) in enumerate(zip(self.laterals, features)):
             maps[str(level)] = lateral(feature)
         return maps, routes
-
-    def cut(self, route: Tensor) -> Pyramid:
-        """The static pyramid of a route, with a copy of the weights that it uses."""
-        fixed = Pyramid(self.backbone.cut(route), self.out_channels)
-        fixed.laterals = copy.deepcopy(self.laterals)
-        return fixed.train(self.training)
 
 
 class Detector(nn.Module):
@@ -423,12 +413,8 @@ class Detector(nn.Module):
     def cut(self, route: Tensor) -> Detector:
         """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
         fixed = copy.deepcopy(self)
-        fixed.rcnn.backbone = self.pyramid.cut(route)
+        fixed.pyramid.backbone = self.backbone.cut(route).train(self.training)
         return fixed.to(memory_format=torch.channels_last)
-
-    def full_cost(self, height: int, width: int) -> int:
-        """C_all of the budget: `DetectionOutput.cost` with everything open."""
-        return self.backbone.costs(height, width).full
 
     def real_cost(self, routes: Routes, height: int, width: int, count: str = "paper") -> dict[str, Tensor]:
         """Multiply-adds of the backbone by part, int64 [B] or, static, [1]: what the papers' tables show."""
@@ -436,7 +422,8 @@ class Detector(nn.Module):
             return self.backbone.real_cost(routes, height, width, count)
         if count != "paper":
             height, width = height + -height % self.stride, width + -width % self.stride
-        return extra("baselines", "r50-fpn").cost_of_resnet50_fpn(height, width, count)
+        baselines = extra("baselines", "r50-fpn")
+        return {"network": baselines.static_cost(baselines.resnet50_fpn, height, width, count == "exact")}
 
 
 def _in_float32(module: nn.Module, inputs, out):

@@ -56,11 +56,6 @@ class Routes(NamedTuple):
         """A(x), or for "logit" its values before the non-linearity (DivDR, supplement 7.2)."""
         return self.A if space == "alpha" else self.logits[:, 1:].flatten(1)
 
-    def of_image(self, b: int) -> Routes:
-        """The routes of image `b` alone: [1, ...]."""
-        one = slice(b, b + 1)
-        return Routes(self.logits[one], self.alpha[one], self.reached[one])
-
     @classmethod
     def none(cls, images: int, device: torch.device | str = "cpu") -> Routes:
         """What a static network has: the rows of no node, A is [images, 0]."""

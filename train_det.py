@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         terms = {name.removeprefix("loss_"): loss for name, loss in out.losses.items()}  # L_task, in parts
         hinge = None  # the clustering loss of each image
         if config.lambda1:
-            share = out.cost / model.full_cost(*out.padded)  # of C_all; ranks differ in size
+            share = out.cost / model.backbone.costs(*out.padded).full  # of C_all; ranks differ in size
             share = mean_over_ranks(share, world)
             ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
             terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)

@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         hinge = None  # the clustering loss of each image
         if config.lambda1:
             cost = mean_over_ranks(out.cost, world)
-            total = model.full_cost(*images.shape[-2:])  # C_all
+            total = model.backbone.costs(*images.shape[-2:]).full  # C_all
             ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
             terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
         clusters = bank.clusters

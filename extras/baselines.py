@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torchvision.ops import (
 )
 
 from model import ROUTES, Detector, Initialized, InputError, SegmentationOutput, load_matching
-from routing import DOWN, UP, Routes, at_least_float32, nodes_per_layer
+from routing import Routes, at_least_float32, nodes_per_layer
 
 # ============ segmentation networks of other papers ============
 
@@ -188,11 +189,6 @@ def resnet50_fpn(frozen: bool = False) -> nn.Module:
     return resnet_fpn_backbone(backbone_name="resnet50", weights=None, **options)
 
 
-def cost_of_resnet50_fpn(height: int, width: int, count: str) -> dict[str, Tensor]:
-    """Multiply-adds of an image, int64 [1]. "paper": convolutions alone, as the papers count, 88.4 G."""
-    return {"network": static_cost(resnet50_fpn, height, width, elementwise=count == "exact")}
-
-
 def initialize(model: nn.Module, weights: dict, path: Path | str) -> Initialized:
     """Starts the ResNet of a model from torchvision's weights of it, read from `path`; all else stays.
 
@@ -290,63 +286,35 @@ def named_route(name: str, layers: int = 16) -> Tensor:
                    neighbours exchange their maps.
     auto-deeplab:  one cell per layer, at the scales of the network that was found for Cityscapes.
     """
+    quarters = [4 * layer // layers for layer in range(layers)]
+    grid, step = itertools.product(range(layers), range(4)), max(1, layers // 8)
     if name == "u-net":
-        cells, leaves = _u_net(layers)
+        cells = {(layer, s) for layer, s in grid if step * s <= layer < layers - step * s}
     elif name == "hrnetv2":
-        cells, leaves = _hrnet(layers)
+        cells = {(layer, s) for layer, s in grid if s <= quarters[layer]}
     elif name == "auto-deeplab":
-        cells, leaves = _chain([AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)])
+        cells = _chain([AUTO_DEEPLAB[12 * layer // layers] for layer in range(layers)])
     elif name == "fcn-32s":
-        cells, leaves = _chain([4 * layer // layers for layer in range(layers)])
+        cells = _chain(quarters)
     else:
-        cells, leaves = _chain([min(4 * layer // layers, 2) for layer in range(layers)])
-        first = layers - layers // 4  # of the layers with three branches
-        if first < layers:
-            cells |= {(layer, s) for layer in range(first, layers) for s in (1, 2, 3)}
-            leaves |= {(first - 1, 2, UP), (first - 1, 2, DOWN)}
+        cells = _chain([min(quarter, 2) for quarter in quarters])
+        cells |= {(layer, s) for layer in range(layers - layers // 4, layers) for s in (1, 2, 3)}
     rows = [[False, True, False]]  # the init node keeps
     for layer, count in enumerate(nodes_per_layer(layers)):
+        exchanges = name == "hrnetv2" and layer % 2 == 1
         for s in range(count):
-            goes_on = layer == layers - 1 or (layer + 1, s) in cells
-            keeps = (layer, s) in cells and goes_on
-            rows.append([(layer, s, UP) in leaves, keeps, (layer, s, DOWN) in leaves])
+            # A cell keeps where its scale goes on; it leads to one that begins, and up where its own ends.
+            here, ends = (layer, s) in cells, (layer + 1, s) not in cells
+            up = here and ((layer, s - 1) not in cells or ends or exchanges)
+            down = here and ((layer, s + 1) not in cells or exchanges)
+            keep = here and (layer == layers - 1 or not ends)
+            rows.append([up and (layer + 1, s - 1) in cells, keep, down and (layer + 1, s + 1) in cells])
     return torch.tensor(rows)
 
 
-# Each of these returns the cells (layer, scale) of a network, and the paths (layer, scale, path) by which it
-# goes up and down. A cell keeps if the next layer has a cell at its scale.
-
-
-def _chain(wanted: list[int]) -> tuple[set, set]:
-    """One cell per layer, at the scales that are wanted, but no more than one scale away from the last."""
-    cells, leaves, s = {(0, 0)}, set(), 0
-    for layer, scale in enumerate(wanted[1:], 1):
-        after = s + (scale > s) - (scale < s)
-        if after != s:
-            leaves.add((layer - 1, s, after - s + 1))
-        s = after
-        cells.add((layer, s))
-    return cells, leaves
-
-
-def _u_net(layers: int) -> tuple[set, set]:
-    cells, leaves, step = set(), set(), max(1, layers // 8)
-    for s in range(4):
-        first, last = step * s, layers - 1 - step * s
-        cells |= {(layer, s) for layer in range(first, last + 1)}
-        if s and first <= last:
-            leaves |= {(first - 1, s - 1, DOWN), (last, s, UP)}
-    return cells, leaves
-
-
-def _hrnet(layers: int) -> tuple[set, set]:
-    cells, leaves = set(), set()
-    for s in range(4):
-        first = -(-s * layers // 4)  # rounded up
-        cells |= {(layer, s) for layer in range(first, layers)}
-        if s and first < layers:
-            leaves.add((first - 1, s - 1, DOWN))
-            for layer in range(first, layers - 1):
-                if layer % 2:
-                    leaves |= {(layer, s - 1, DOWN), (layer, s, UP)}
-    return cells, leaves
+def _chain(wanted: list[int]) -> set[tuple[int, int]]:
+    """One cell (layer, scale) per layer, at the scale that is wanted, or one nearer to it than the last."""
+    scales = [0]
+    for scale in wanted[1:]:
+        scales.append(scales[-1] + (scale > scales[-1]) - (scale < scales[-1]))
+    return set(enumerate(scales))

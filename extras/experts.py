@@ -18,7 +18,6 @@ import json
 import re
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,18 +27,9 @@ from tqdm import tqdm
 import data
 from kmeans import Clusters
 from model import Detector, InputError, Segmenter, write_file
-from routing import OPEN, fuse, pad_to_stride
+from routing import OPEN, fuse
 
 COMMON = "one-for-all"
-
-
-@dataclass
-class Score:
-    """What networks gave that share a split: each image goes to one of them."""
-
-    scores: dict[str, float]  # in %, by column
-    flops: dict[str, Tensor]  # per count: [N] multiply-adds of each image
-    sizes: Tensor  # [N, 2] int64: height and width at which each was run
 
 
 def check(arguments: argparse.Namespace, world: int) -> None:
@@ -75,7 +65,7 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
 
     routed = split.evaluate(model)
     own = clusters.nearest(routed.A)[0]
-    rows = compare(split, model, fixed, dispatcher.to(split.process.device).eval(), routed, own)
+    rows = compare(split, model, fixed, dispatcher, routed, own)
     experts, at = [], routed.sizes[0].tolist()
     for j in range(k):
         network = fixed[f"expert-{j}"]
@@ -174,54 +164,37 @@ def compare(split, model, fixed: dict, dispatcher: Dispatcher, routed, own: Tens
     """The rows of the table, by network. routed: what the routed `model` gave; own: [N] the expert of each
     image by its A(x)."""
     experts = [network for name, network in fixed.items() if name != COMMON]
-    sent = dispatch(split, model, dispatcher)
     together = sum(map(count_parameters, experts))
+    pooled = route_images(model, split)[2]
+    sent = dispatcher.decide(pooled).argmax(1)
     dispatched = evaluate_sent(split, experts, sent)
-    for count, values in dispatched.flops.items():  # the dispatcher runs the stem too
-        dispatched.flops[count] = values + stem_cost(model, dispatched.sizes, count)
-    of_routed = Score(split.scores([routed]), routed.flops, routed.sizes)
+    for count, values in dispatched[1].items():  # the dispatcher runs the stem too
+        dispatched[1][count] = values + stem_cost(model, routed.sizes, count)
     of_common = evaluate_sent(split, [fixed[COMMON]], torch.zeros_like(own))
     rows = {}
-    for name, result, parameters in [
-        ("routed network", of_routed, count_parameters(model)),
+    for name, (scores, by_count), parameters in [
+        ("routed network", (split.scores([routed]), routed.flops), count_parameters(model)),
         (COMMON, of_common, count_parameters(fixed[COMMON])),
         (f"{len(experts)} experts, by A(x)", evaluate_sent(split, experts, own), together),
         (f"{len(experts)} experts, dispatched", dispatched, together + count_parameters(dispatcher)),
     ]:
-        gflops = {}
-        for count, flops in result.flops.items():
-            gflops[f"GFLOPs {count}"] = flops.double().mean().item() / 1e9
-        rows[name] = result.scores | gflops | {"parameters M": parameters / 1e6}
+        gflops = {f"GFLOPs {count}": flops.double().mean().item() / 1e9 for count, flops in by_count.items()}
+        rows[name] = scores | gflops | {"parameters M": parameters / 1e6}
     rows[name]["as A(x) %"] = 100 * (sent == own).double().mean().item()  # of the last
     return rows
 
 
-@torch.no_grad()
-def dispatch(split, model, dispatcher: Dispatcher) -> Tensor:
-    """[N] the expert that the dispatcher sends each image to."""
-    dispatcher, sent = fuse(copy.deepcopy(dispatcher)), []
-    for images, _, _ in tqdm(split.loader(), "dispatching", leave=False):
-        images = split.prepare(images)
-        if split.segmentation:
-            x = pad_to_stride(images, model.backbone.stride)
-        else:
-            x = model.prepare(images)[0].tensors
-        sent.append(dispatcher(x).argmax(1).cpu())
-    return torch.cat(sent)
-
-
-def evaluate_sent(split, networks: list, sent: Tensor) -> Score:
-    """Each image by the network that `sent` [N] names."""
-    results, flops, sizes = [], {}, torch.zeros(len(sent), 2, dtype=torch.int64)
+def evaluate_sent(split, networks: list, sent: Tensor) -> tuple[dict, dict[str, Tensor]]:
+    """Each image by the network that `sent` [N] names: scores in %, and, per count, multiply-adds [N]."""
+    results, flops = [], {}
     for j, network in enumerate(networks):
         index = (sent == j).nonzero().flatten()
         if len(index) == 0:
             continue
         results.append(split.evaluate(network, index.tolist()))
-        sizes[index] = results[-1].sizes
         for count, values in results[-1].flops.items():
             flops.setdefault(count, torch.zeros(len(sent), dtype=torch.int64))[index] = values.cpu()
-    return Score(split.scores(results), flops, sizes)
+    return split.scores(results), flops
 
 
 def count_parameters(network) -> int:

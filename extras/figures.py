@@ -22,6 +22,7 @@ os.environ["MPLBACKEND"] = "agg"  # figures become files; a backend for windows 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import cycler
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,7 +35,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import data
 from model import VARIANTS, InputError, Process, write_file
-from routing import DOWN, KEEP, OPEN, UP, nodes_per_layer
+from routing import OPEN, Grid
 
 # Okabe and Ito's colours, which also the colour-blind tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -44,6 +45,7 @@ STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 5,
+    "axes.prop_cycle": cycler(color=COLORS, ls=LINES, marker=MARKERS), "errorbar.capsize": 2,
     "pdf.fonttype": 42, "ps.fonttype": 42, "savefig.dpi": 200,
 }
 FAINT = "0.82"  # grey of what is closed or not spoken of
@@ -87,13 +89,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     """A figure of so many inches, and its axes [rows, columns]."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def curve(ax, j: int, x, y, label: str, deviation=None, marks: bool = True) -> None:
-    """The j-th line of a panel, told from the others by colour, dashes and marker."""
-    marker = MARKERS[j % len(MARKERS)] if marks else None
-    color, dashes = COLORS[j % len(COLORS)], LINES[j % len(LINES)]
-    ax.errorbar(x, y, deviation, color=color, ls=dashes, marker=marker, label=label, capsize=2)
 
 
 def mean_and_deviation(setting, column: str) -> tuple[float, float]:
@@ -150,21 +145,10 @@ class Viewer:
 
     def describe(self, path: Path) -> tuple[Tensor, Tensor, str, Tensor]:
         """A picture -> (image uint8 [3, H, W], the same with the prediction and the expert's number on it,
-        its cost and its expert in words, A(x) [D]).
-
-        Raises InputError, which names the path, where it cannot be read, is too narrow or needs too much
-        memory.
-        """
+        its cost and its expert in words, A(x) [D])."""
         checkpoint, model = self.checkpoint, self.model
-        try:
-            image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-            out, overlay = self.predict(image)
-        except data.DataError as error:
-            raise InputError(error) from None
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (torch.OutOfMemoryError, MemoryError):
-            raise InputError(f"{path}: needs more memory than there is; scale it down, or cut it") from None
+        image = torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
+        out, overlay = self.predict(image)
         size = image.shape[-2:] if checkpoint["task"] == "segmentation" else out.sizes[0]
         gflops = sum(model.real_cost(out.routes, *size, model.counts[0]).values()).item() / 1e9
         words, clusters = f"{gflops:.3g} GFLOPs ({model.counts[0]})", checkpoint["clusters"]
@@ -218,11 +202,12 @@ def show(viewer: Viewer, source: Path, folder: Path, routes: Path | None) -> Non
     for path in paths:
         try:
             image, overlay, words, A = viewer.describe(path)
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            print(error, file=sys.stderr)
-            failed.append(path)
+        except (data.DataError, InputError, torch.OutOfMemoryError, MemoryError) as error:
+            memory = "needs more memory than there is; scale it down, or cut it"
+            words = str(error) if isinstance(error, ValueError) else memory
+            failed.append(words if str(path) in words else f"{path}: {words}")
+            if len(paths) > 1:
+                print(failed[-1], file=sys.stderr)
             continue
         inside = path.relative_to(source if source.is_dir() else path.parent)
         target = folder / inside.with_name(inside.name + ".png")
@@ -241,8 +226,8 @@ def show(viewer: Viewer, source: Path, folder: Path, routes: Path | None) -> Non
                 right.tick_params(labelleft=True)
                 save(figure, routes / f"route-{'-'.join(inside.parts)}")
     if failed:
-        which = ", ".join(map(str, failed[:3])) + (" ..." if failed[3:] else "")
-        raise InputError(f"--image {source}: {len(failed)} of {len(paths)} pictures are not shown: {which}")
+        count = f"{len(failed)} of {len(paths)} pictures"
+        raise InputError(f"--image {source}: {count} are not shown: {failed[0]}")
 
 
 def draw_experts(run, runs, viewer: Viewer):
@@ -302,14 +287,11 @@ def draw_predictions(run, runs, viewer: Viewer, count: int = 4):
 # ============ routes ============
 
 
-def grid_of(layers: int, scales: int) -> list[tuple[int, int, list[int]]]:
+def grid_of(layers: int, scales: int) -> list[tuple[int, int, tuple[int, ...]]]:
     """Per node in the order of A(x): layer, scale, and the paths that it has."""
-    grid, counts = [], nodes_per_layer(layers, scales)
-    for layer, (here, after) in enumerate(zip(counts, counts[1:] + [0])):
-        for s in range(here):
-            paths = [UP] * (s > 0 and after > 0) + [KEEP] + [DOWN] * (s + 1 < after)
-            grid.append((layer, s, paths))
-    return grid
+    with torch.device("meta"):
+        network = Grid(layers, 2, None, scales)
+    return [(i, s, node.paths) for i, layer in enumerate(network.layers) for s, node in enumerate(layer)]
 
 
 def grid_of_run(run) -> list[tuple[int, int, list[int]]]:
@@ -395,14 +377,16 @@ def draw_routes(run, runs, viewer: Viewer | None):
     cost = f"average, {run.metrics['gflops']['paper']['mean']:.3g} GFLOPs"
     panels.append((f"all {len(run.result.A)} images: {cost}", mean, "0.25"))
     panels.append(("largest difference between two experts", centers.amax(0) - centers.amin(0), "0.25"))
-    reference = average_router(run, runs)
+    grid, reference = grid_of_run(run), None  # Dynamic Routing, to stand beside a run of DivDR
+    if VARIANTS[run.variant].lambda2:
+        others = [other for other in runs if other.clusters and not VARIANTS[other.variant].lambda2]
+        reference = next((other for other in others if grid_of_run(other) == grid), None)
     if reference is not None:
         theirs = alpha_of(reference.result.A, reference).mean(0)
         gates = ", full gates" if reference.gate == "full" else ""
         cost = f"average, {reference.metrics['gflops']['paper']['mean']:.3g} GFLOPs"
         panels.append((f"Dynamic Routing{gates}, all images: {cost}", theirs, "0.25"))
         panels.append(("average of DivDR minus Dynamic Routing's", mean - theirs, COLORS[0]))
-    grid = grid_of_run(run)
     scales, rows = 1 + max(scale for _, scale, _ in grid), len(panels) // 2
     figure, axes = new_figure(PAGE, (0.35 + 0.24 * scales) * rows + 0.55, rows, 2, sharex=True, sharey=True)
     for ax, (title, values, color) in zip(axes.flat, panels):
@@ -416,16 +400,6 @@ def draw_routes(run, runs, viewer: Viewer | None):
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), **close)
     figure.suptitle(title_of(run), fontsize=8, x=0.01, ha="left")
     return figure
-
-
-def average_router(run, runs):
-    """Dynamic Routing to stand beside a run of DivDR: the first run of its grid without a clustering loss."""
-    if not VARIANTS[run.variant].lambda2:
-        return None
-    for other in runs:
-        if other.clusters and not VARIANTS[other.variant].lambda2 and grid_of_run(other) == grid_of_run(run):
-            return other
-    return None
 
 
 # ============ activations ============
@@ -507,16 +481,11 @@ PANELS = {
 
 
 def read_log(path: Path) -> list[dict]:
-    """The events of a run's log.jsonl, without a last line still being written; [] where it is missing."""
+    """The events of a run's log.jsonl, but for a line still being written; [] where it is missing."""
     events = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for n, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-            events.append({"event": event["event"], "iteration": event["iteration"]} | event)
-        except (ValueError, KeyError, TypeError):
-            if n < len(lines):
-                raise InputError(f"{path}: line {n} is no event of a run; mend or move the file") from None
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
     return events
 
 
@@ -548,8 +517,9 @@ def draw_training(run, runs, viewer: Viewer):
         ax.axis("off")
     ticks = [event["iteration"] for event in updates]
     for ax, (title, curves) in zip(axes.flat, panels.items()):
-        for j, (label, points) in enumerate(curves.items()):
-            curve(ax, j, *zip(*points), label, marks=title == "evaluation, %" or len(points) == 1)
+        for label, points in curves.items():
+            marker = None if title == "evaluation, %" or len(points) == 1 else "none"
+            ax.errorbar(*zip(*points), label=label, marker=marker)
         along_x = ax.get_xaxis_transform()
         ax.plot(ticks, [0.012] * len(ticks), "|", color="0.45", ms=4, mew=0.6, transform=along_x)
         ax.set(ylabel=title, xlabel="iteration")
@@ -628,10 +598,10 @@ def draw_ablations(runs, group_runs, paper):
     for below, (name, lines) in zip(axes.T, sweeps.items()):
         values = sorted({value for along in lines.values() for value in along})
         for ax, column in zip(below, columns):
-            for j, (label, along) in enumerate(lines.items()):
+            for label, along in lines.items():
                 x = [values.index(value) for value, setting in along.items() if setting.values(column)]
                 y = [mean_and_deviation(along[values[place]], column) for place in x]
-                curve(ax, j, x, [mean for mean, _ in y], label, [deviation for _, deviation in y])
+                ax.errorbar(x, *zip(*y), label=label)
             ax.set_ylabel(f"{column}, %" if column in (*SCORES, "Recovered") else column)
             ax.grid(color="0.9", lw=0.5)
             ax.margins(x=0.12, y=0.15)

@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from data import (
@@ -93,16 +94,12 @@ class ShapesDataset(Dataset):
     ):
         if size < 32 or size % 32:
             raise DataError(f"--dataset shapes: size {size} is not a multiple of 32")
-        if not 2 <= subsets <= len(KINDS):
-            raise DataError(f"--dataset shapes: {subsets} subsets; 2 to {len(KINDS)} can be had")
         self.info, self.split, self.augment = SEGMENTATION["shapes"], split, augment
         self.eval_batch, self.has_truth = self.info.eval_batch, True
         self.size, self.seed = size, seed
         self.subset_names = tuple(KINDS)[:subsets]
         self.looks = [KINDS[name] for name in self.subset_names]
         count = {"train": n_train, "val": n_val, "test": n_test}[split]
-        if count < subsets:
-            raise DataError(f"--dataset shapes: {count} images for {subsets} subsets; ask for more")
         self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
         self.painted, self.kept = _memory(split, size, subsets, count, seed)
 
@@ -141,14 +138,10 @@ class ShapesDataset(Dataset):
         """Image `index`, not augmented, with its semantic mask, instances and subset."""
         image, mask, instance = self._pictures(index)
         seen = np.flatnonzero(np.bincount(instance.ravel()))[1:]  # without 0; a hidden object is no instance
-        masks = instance == seen[:, None, None].astype(np.uint8)  # [n, H, W]
-        columns, rows = masks.any(1), masks.any(2)  # [n, W], [n, H]
-        boxes = np.stack([columns.argmax(1), rows.argmax(1), self.size - columns[:, ::-1].argmax(1),
-                          self.size - rows[:, ::-1].argmax(1)], axis=1)
-        masks = torch.from_numpy(masks)
+        masks = torch.from_numpy(instance == seen[:, None, None].astype(np.uint8))  # [n, H, W]
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
         classes = (masks * mask).flatten(1).amax(1).long()  # all pixels of an object are of its class
-        subset = int(self.subset[index])
-        return Scene(image, mask, masks, torch.from_numpy(boxes).float(), classes, subset)
+        return Scene(image, mask, masks, boxes, classes, int(self.subset[index]))
 
 
 @functools.cache
@@ -312,8 +305,12 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
     """
     subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
     table = torch.bincount(truth * clusters + labels, minlength=subsets * clusters).view(subsets, clusters)
-    match = _best_matching(table.tolist())
-    hits = sum(int(table[s, m]) for s, m in enumerate(match) if m >= 0)
+    # Every way to match is tried, for known subsets are few; nobody wants the columns that are added.
+    padded = [row + [0] * (subsets - clusters) for row in table.tolist()]
+    ways = itertools.permutations(range(max(subsets, clusters)), subsets)
+    match = max(ways, key=lambda way: sum(row[column] for row, column in zip(padded, way)))
+    hits = sum(row[column] for row, column in zip(padded, match))
+    match = [column if column < clusters else -1 for column in match]
 
     def pairs(counts: Tensor) -> float:
         return (counts.double() * (counts - 1) / 2).sum().item()
@@ -322,21 +319,6 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
     expected, most = by_subset * by_cluster / max(total, 1), (by_subset + by_cluster) / 2
     rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
     return hits / len(labels), rand, table, match
-
-
-def _best_matching(table: list[list[int]]) -> list[int]:
-    """For each row a column of its own, or -1 where there are more rows, so that the entries' sum is largest.
-
-    Tries every way: subsets that are known are few.
-    """
-    rows, columns = len(table), len(table[0])
-    padded = [row + [0] * (rows - columns) for row in table]  # columns that nobody wants
-
-    def total(way) -> int:
-        return sum(row[column] for row, column in zip(padded, way))
-
-    best = max(itertools.permutations(range(max(rows, columns)), rows), key=total)
-    return [column if column < columns else -1 for column in best]
 
 
 def recovery(labels: Tensor, k: int, flops: Tensor, dataset) -> dict:

@@ -461,8 +461,6 @@ def test_every_figure_of_a_run_is_drawn_without_a_window(trained, monkeypatch):
     viewer = figures.Viewer(network, checkpoint, open_coco(split="val"), CPU, 0.0)
     of_run = evaluate.Run("det", checkpoint, {})
     assert len(figures.draw_predictions(of_run, [], viewer).axes) == 4 * 3
-    Path("drawn/log.jsonl").write_text("{}\n{}\n")
-    refuses(lambda: figures.read_log(Path("drawn/log.jsonl")), "log.jsonl")
 
 
 def test_pictures_show_what_is_predicted(trained):
@@ -524,13 +522,6 @@ def test_what_runs_differ_in_can_be_swept():
     assert [ax.get_title() for ax in both.axes[:5]] == ["2-0", "2-1", "3-0", "3-1", "all together"]
 
 
-@pytest.mark.parametrize("layers, scales", [(4, 4), (16, 4), (17, 5)])
-def test_the_grid_is_that_of_the_network(layers, scales):
-    nodes = routing.RoutedBackbone(layers, 2, "small", scales).all_nodes()[1:]
-    grid = [(2 * 2**s, sorted(paths)) for _, s, paths in figures.grid_of(layers, scales)]
-    assert grid == [(node.channels, sorted(node.paths)) for node in nodes]
-
-
 def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
     run, reference = made_up_run("divdr", 60.0), made_up_run("dr", 58.0, seed=1, variant="dr-a")
     centers, grid = run.clusters.centers, figures.grid_of_run(run)
@@ -551,8 +542,6 @@ def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
                 if alpha > figures.LEAST:
                     expected[layer, scale, layer + 1, scale + path - 1] = 0.5 + 3.5 * alpha
         assert drawn == pytest.approx(expected) and ax.get_title().startswith(title)
-        nodes = collection(ax, "nodes").get_offsets().tolist()
-        assert nodes == [[layer, scale] for layer, scale, _ in grid]
     difference = centers[0] - centers[1:].mean(0)
     assert len(collection(figure.axes[1], "more").get_segments()) == (difference > 0.02).sum()
     assert len(collection(figure.axes[1], "less").get_segments()) == (difference < -0.02).sum()
@@ -561,8 +550,8 @@ def test_routes_are_as_wide_as_alpha_and_stand_where_the_nodes_are():
 # ============ experts cut out ============
 
 
-@functools.cache
-def cut_once():
+@pytest.fixture(scope="module")
+def cut_out():
     """The folder of `run_once`, in which runs/seg is cut by the images that it is evaluated on into cut/."""
     folder, before = run_once(), os.getcwd()
     os.chdir(folder)
@@ -570,11 +559,6 @@ def cut_once():
     Path("printed").write_text(printed)
     os.chdir(before)
     return folder
-
-
-@pytest.fixture
-def cut_out():
-    return cut_once()
 
 
 def test_cut_from_a_split_with_keep_0_experts_predict_there_what_the_routed_network_does(cut_out):
