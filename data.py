@@ -174,7 +174,7 @@ def segmentation_dataset(
         if any(own.values()):
             raise DataError(f"--dataset {name}: takes no folders of your own; they go with --dataset folder")
     elif info is None:
-        raise DataError("folder: needs info, what folder_info says of all splits together")
+        raise DataError("--dataset folder: needs info, what folder_info says of all splits together")
     augment = augmentation(short_sides or info.short_sides, crop or info.crop) if train else None
     if name == "shapes":
         return _shapes().ShapesDataset(split, augment, **shapes_options)
@@ -196,7 +196,9 @@ def _shapes():
     """extras/shapes.py. Raises DataError where it is not there."""
     try:
         from extras import shapes
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("extras", "extras.shapes"):
+            raise
         words = "needs extras/shapes.py, which is not here; copy it too, or name another data set"
         raise DataError(f"--dataset shapes: {words}") from None
     return shapes
@@ -599,11 +601,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """A picture as viewers show it, uint8 [H, W, 3] RGB, turned as its EXIF says.
 
     Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
-    is missing, damaged or too large, or has more than 8 bits to a channel.
+    is missing, damaged or too large, and for grey of more than 8 bits.
     """
     with _opened(path) as (image, _):
         if image.mode.startswith(("I", "F")):  # of which Pillow would show two levels of grey
-            raise DataError(f"{path}: has more than 8 bits to a pixel; scale it to 8")
+            raise DataError(f"{path}: is grey of more than 8 bits; scale it to 8")
         return np.array(image.convert("RGB"))
 
 
@@ -867,10 +869,10 @@ class CocoFile(NamedTuple):
 def read_coco(path: str, masks: bool) -> CocoFile:
     """Reads a file into clean records; without `masks` it leaves segmentations, most of the file, unread.
 
-    Ids are numbers or text. Boxes are cut at the edges of their image; one that is outside is no object.
-    Where iscrowd or area is left out, it is 0 or that of the box. Raises DataError, which names the record,
-    for a file that is no such json, for ids that occur twice or are not listed, for what should be a number
-    and is none, and, with `masks`, for segmentations that are none.
+    Ids are numbers or text; 7 and "7" are two. Boxes are cut at the edges of their image; one that is outside
+    is no object. Where iscrowd or area is left out, it is 0 or that of the box. Raises DataError, which names
+    the record, for a file that is no such json, for ids that occur twice or are not listed, for what should
+    be a number and is none, and, with `masks`, for segmentations that are none.
     """
 
     def shrink(found: dict) -> dict:
@@ -895,15 +897,19 @@ def read_coco(path: str, masks: bool) -> CocoFile:
                 raise ValueError(f"has the width {image['width']} and the height {image['height']}")
         label = {key: number for number, key in enumerate(categories, 1)}
         row, objects = {key: number for number, key in enumerate(images)}, [[] for _ in images]
+        where = "it"
         for n, found in enumerate(contents.get("annotations", ()), 1):
             where = f"annotation number {n}"
-            key = found.get("id", where)
+            key = where if found.get("id") is None else found["id"]
             where = f"annotation {key}"
             if key in ids:
                 raise ValueError("has the same id as another")
             ids.add(key)
-            at, category = row[found["image_id"]], label[found["category_id"]]
-            record = _clean(found, category, *sizes[at])
+            for name, listed in (("image_id", row), ("category_id", label)):
+                if found[name] not in listed:
+                    raise ValueError(f"has the {name} {found[name]!r}, which is not listed")
+            at = row[found["image_id"]]
+            record = _clean(found, label[found["category_id"]], *sizes[at])
             if masks:
                 record = record._replace(outline=_check_outline(found.get("segmentation"), *sizes[at]))
             empty = masks and not record.outline
@@ -912,16 +918,16 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             if min(record.box[2:]) > 0 and not empty:
                 objects[at].append(record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        said = str(error)
-        if isinstance(error, KeyError):
-            said = f"has no {error}, or refers to one that is not listed"
+        said = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        if not said.startswith("has "):
+            said = f"is not in COCO's format ({said})"
         if isinstance(error, KeyError) or not where.startswith("annotation"):
             said += "; COCO's format has categories with id and name, images with id, file_name, width and "
             said += "height, annotations with id, image_id, category_id, bbox, area and iscrowd"
         raise DataError(f"{path}: {where} {said}") from error
     usable = []
     for of_image in objects:
-        usable.append(any(not found.crowd and min(found.box[2:]) >= 1 for found in of_image))
+        usable.append(any(not one.crowd and min(one.box[2:]) >= 1 for one in of_image))
     packed = [pickle.dumps([tuple(found) for found in of_image]) for of_image in objects]
     return CocoFile(
         classes, list(categories), list(images), names, torch.tensor(sizes).view(-1, 2), flat,
@@ -965,7 +971,8 @@ def _clean(found: dict, label: int, height: int, width: int) -> Object:
     return Object(label, [x, y, w, h], area, float(crowd) != 0, b"")
 
 
-_FAR = 1e5  # pixels: pycocotools takes memory for every pixel that an outline passes, outside the image too
+# In pixels: pycocotools takes memory for every one that an outline passes, outside the image too.
+_FAR, _LONG = 1e5, 1e7
 
 
 def _pack_polygons(segmentation):
@@ -976,6 +983,8 @@ def _pack_polygons(segmentation):
     for polygon in polygons:
         fits = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
         if not fits or not all(isinstance(x, (int, float)) and -_FAR <= x <= _FAR for x in polygon):
+            return segmentation
+        if sum(abs(a - b) for a, b in zip(polygon, polygon[2:])) > _LONG:
             return segmentation
     return pickle.dumps(polygons) if polygons else segmentation
 
@@ -1064,7 +1073,7 @@ class CocoImages(Dataset):
         for path, exists in ((self.annotations, os.path.isfile), (self.root, os.path.isdir)):
             if not exists(path):
                 layout = "annotations/ beside train2017/ and val2017/"
-                words = f"name your own (--train-json ...), or get COCO 2017 from cocodataset.org ({layout})"
+                words = f"name what is, or get COCO 2017 from cocodataset.org ({layout})"
                 raise DataError(f"{path}: is not there; {words}; --dataset shapes needs no download")
         file, remark = read_coco(self.annotations, self.masks), ""
         file = file._replace(names=self._find(file.names))

@@ -107,11 +107,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     needs = dict.fromkeys(("labels", "list"), "images")
     needs |= dict.fromkeys(("keep", "cut_from", "export_size", "onnx"), "experts")
     for flag, other in needs.items():
-        if getattr(arguments, flag) not in (None, False) and not getattr(arguments, other):
+        value = getattr(arguments, flag)
+        if value is not None and value is not False and not getattr(arguments, other):
             parser.error(f"--{flag.replace('_', '-')}: goes with --{other}")
-    for flag in ("image", "predictions", "published", "figures"):
-        if arguments.experts and getattr(arguments, flag):
-            parser.error(f"--experts: does not go with --{flag}")
+    idle = {"experts": ["image", "predictions", "published", "figures", "out"]}
+    idle["image"] = [*OF_SCORES[2:-1], "predictions", "published", "format"]
+    for flag, others in idle.items():
+        for other in others if getattr(arguments, flag) else ():
+            if getattr(arguments, other):
+                parser.error(f"--{flag}: does not go with --{other}")
     arguments.keep = 0.01 if arguments.keep is None else arguments.keep
     arguments.cut_from = arguments.cut_from or "train"
     arguments.table = several or arguments.published or arguments.format is not None
@@ -184,14 +188,17 @@ def evaluate_segmentation(
     return SegmentationResult(torch.cat(A)[order], flops, torch.cat(sizes)[order], confusion)
 
 
+KINDS = (("box", "bbox"), ("mask", "segm"))  # of detections: our name and pycocotools'
+
+
 @dataclass
 class DetectionResult(Result):
     detections: list[dict]  # in COCO's results format
 
     def scores(self, dataset, masks: bool) -> dict[str, dict[str, float]]:
         """pycocotools' numbers on 0..1, of boxes and, with `masks`, of masks."""
-        kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
-        return {name: average_precision(dataset, self.detections, kind)[0] for name, kind in kinds.items()}
+        kinds = KINDS[: 1 + masks]
+        return {name: average_precision(dataset, self.detections, kind)[0] for name, kind in kinds}
 
 
 @torch.no_grad()
@@ -381,8 +388,7 @@ class Split:
             rows.append(["mean", "no labels" if math.isnan(miou) else f"{miou:.2f}"])  # of a test split
             return {"miou": miou, "iou": iou}, f"{table(rows, left=1)}   over {len(result.A)} images"
         metrics, tables = {"detections": len(result.detections)}, []
-        kinds = {"box": "bbox"} | ({"mask": "segm"} if self.checkpoint["model_args"]["masks"] else {})
-        for name, kind in kinds.items():
+        for name, kind in KINDS[: 1 + self.checkpoint["model_args"]["masks"]]:
             metrics[name], printed = None, "no labels\n"  # a test split has none
             if self.dataset.has_truth and self.process.rank == 0:
                 scores, printed = average_precision(self.dataset, result.detections, kind)
@@ -414,6 +420,8 @@ def open_split(
         files = own if arguments.images else trained_on
         if arguments.images and not arguments.labels:
             raise InputError(f"--images {arguments.images}: needs --labels, the folder of their label PNGs")
+        if name == "folder" and info is None:
+            raise InputError(f"--dataset folder: {checkpoint['path']} was trained on {checkpoint['dataset']}")
         if name == "folder" and not root and not files:
             words = "this run knows no such files; name them with --images and --labels"
             raise InputError(f"--split {split}: {words}")
@@ -472,10 +480,11 @@ class Run:
         usual = dict(lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2)
         facts = {}
         for name, value in config.items():
-            if name not in INCIDENTAL and value not in (None, usual.get(name)):
+            of_data = name.startswith("train_")
+            if (of_data or name not in INCIDENTAL) and value not in (None, usual.get(name)):
                 facts[name] = value
-        if self.metrics["dataset"] == "folder":  # the name of all that people bring
-            facts["data"] = config.get("data") or config.get("train_images")
+        if self.metrics["dataset"] == "folder" and config.get("data"):  # the name of all that people bring
+            facts["data"] = str(Path(config["data"]))
         return facts | {"variant": self.variant}
 
     @property
@@ -513,15 +522,15 @@ def about_run(path: Path, checkpoint: dict, metrics: dict, **more) -> Run:
 
 def kept_run(arguments, path: Path) -> Run | None:
     """A run by the metrics.json of a checkpoint that is not newer, if it was written with the same flags."""
-    for folder in (arguments.folders[path], path.parent):
-        file = folder / output_name("metrics.json", path, arguments.split)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            metrics = json.loads(file.read_text())
-            newer = path.stat().st_mtime_ns > file.stat().st_mtime_ns
-            if not newer and metrics.get("flags", {}) == given_flags(arguments):
-                checkpoint = describe_checkpoint(arguments, read_file(path, "a checkpoint"), path)
-                run = about_run(path, checkpoint, metrics)
-                return run if run.numbers else None
+    file = arguments.folders[path] / output_name("metrics.json", path, arguments.split)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        metrics = json.loads(file.read_text())
+        newer = path.stat().st_mtime_ns > file.stat().st_mtime_ns
+        whole = {"dataset", "split", "images"} <= metrics.keys()
+        if whole and not newer and metrics.get("flags", {}) == given_flags(arguments):
+            checkpoint = describe_checkpoint(arguments, read_file(path, "a checkpoint"), path)
+            run = about_run(path, checkpoint, metrics)
+            return run if run.numbers else None
     return None
 
 
@@ -573,7 +582,7 @@ def evaluate_checkpoint(arguments, path: Path, process: Process) -> Run:
     else:
         print_report(run, text)
     files = {"metrics.json": as_json(metrics, indent=2)}
-    if split.segmentation is False:
+    if not split.segmentation:
         files["detections.json"] = as_json(result.detections)
     for name, content in files.items():
         target = arguments.folders[path] / output_name(name, path, arguments.split)
@@ -759,10 +768,11 @@ def group_runs(runs: list[Run], apart_from: str | None = None) -> list[Setting]:
     told = {"seed", apart_from, "variant", "layers", "width", "gate", "route"}  # the first columns tell these
     names = dict.fromkeys(name for setting in settings for name in setting.runs[0].facts)
     for name in names:
-        values = [setting.runs[0].facts.get(name) for setting in settings]
-        if name not in told and any(value != values[0] for value in values):
-            for setting, value in zip(settings, values):
-                setting.differing[name] = value
+        values = {json.dumps(setting.runs[0].facts.get(name)) for setting in settings}
+        if name not in told and len(values) > 1:
+            for setting in settings:  # the value also where the variant has it anyway
+                run = setting.runs[0]
+                setting.differing[name] = run.facts.get(name, run.checkpoint["config"].get(name))
 
     def place(setting: Setting):
         numbers = [value if isinstance(value, (int, float)) else -1 for value in setting.differing.values()]

@@ -103,6 +103,8 @@ def print_cost(argv: list[str]) -> None:
         parser.error("--route: is of segmentation; leave --task out")
     if arguments.route and arguments.variant is None:
         arguments.variant = "fixed-route"
+    if arguments.variant and arguments.published:
+        parser.error("--published: lists networks without --variant and --route; leave it out")
     if arguments.variant is None:
         others = [flag for flag in argv if flag != "--published"]
         if others:

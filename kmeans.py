@@ -193,8 +193,6 @@ class Clusters(NamedTuple):
 class ActivationBank:
     """The latest A(x_i) of every training sample by its index, the same on every rank, and its clusters.
 
-    Training keeps in it, every fourth step, the mean over two looks of an image.
-
     Args:
         num_samples, dim: N of the training set, and D. Takes 4·N·D bytes (COCO: 94 MB).
         device: best the one the model runs on; elsewhere every update waits for the model's.
@@ -301,7 +299,7 @@ class ActivationBank:
         centers = self.values.new_empty(k, self.values.shape[1])
         labels = torch.full_like(self.seen_at, -1)
         inertia = self.values.new_zeros(1, dtype=torch.float64)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if not _distributed() or dist.get_rank() == 0:
             A, older = self.values[index], ((self.seen_at > 0) & ~recent).nonzero().squeeze(1)
             old = self.values[older]
             if metric is not None:
@@ -313,7 +311,7 @@ class ActivationBank:
             labels[older] = assign(old, centers)[0]
             if metric is not None:
                 centers, inertia[0] = _means(self.values[index], labels[index], k)
-        if dist.is_initialized():
+        if _distributed():
             for tensor in (centers, labels, inertia):
                 dist.broadcast(tensor, 0)
         sizes = labels[index].bincount(minlength=k).tolist()
@@ -360,9 +358,13 @@ def _means(A: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
     return means.float(), (A - means[labels]).square().sum().item()
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _gather(value: Tensor) -> Tensor:
     """[b, ...] on each rank -> [ranks · b, ...] on all."""
-    if not dist.is_initialized():
+    if not _distributed():
         return value
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())

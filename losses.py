@@ -66,7 +66,7 @@ def clustering_loss(
              -1: a sample that belongs to none yet; its loss is 0. Two centres at one place count as two: only
              the own index is left out of the sum.
     reduction: "mean", or "none" for the loss of each sample, [B]; it is 0 where the margin is kept.
-    Returns a 0-dim tensor, computed in float32 at least, under autocast too.
+    Returns the loss, computed in float32 at least, under autocast too.
     Raises ValueError for shapes that do not fit, K < 2 or a negative margin.
     """
     if A.dim() != 2 or centers.dim() != 2 or A.shape[1] != centers.shape[1] or len(A) == 0:

@@ -53,13 +53,14 @@ class InputError(ValueError):
 
 
 def extra(name: str, flag: str):
-    """The module extras/NAME.py, which `flag` needs. Raises InputError, which names the file, without it."""
+    """The module extras/NAME.py, which `flag` needs. Raises InputError, which names what is missing."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("extras", f"extras.{name}"):
-            raise
-        raise InputError(f"{flag}: needs extras/{name}.py, which is not here; copy it too") from None
+        words = f"the package {error.name}, which is not here; install it"
+        if error.name in ("extras", f"extras.{name}"):
+            words = f"extras/{name}.py, which is not here; copy it too"
+        raise InputError(f"{flag}: needs {words}") from None
 
 
 # ============ variants ============
@@ -150,9 +151,8 @@ def build_model(
     if layers is None:
         layers = 16 if task == "segmentation" else 17
     size = (layers, 64 if width is None else width, gate or VARIANTS[variant].gate(task))
+    baselines = extra("baselines", f"--variant {variant}") if on_resnet else None
     try:
-        if on_resnet:
-            baselines = extra("baselines", f"--variant {variant}")
         if task == "detection":
             pyramid = baselines.resnet50_fpn(frozen) if static else None
             if not static:
@@ -422,7 +422,7 @@ class Detector(nn.Module):
             return self.backbone.real_cost(routes, height, width, count)
         if count != "paper":
             height, width = height + -height % self.stride, width + -width % self.stride
-        baselines = extra("baselines", "r50-fpn")
+        baselines = extra("baselines", "--variant r50-fpn")
         return {"network": baselines.static_cost(baselines.resnet50_fpn, height, width, count == "exact")}
 
 

@@ -1127,8 +1127,10 @@ BAD = [  # script, flags, words of the one line
     (flops, "--size 64 64", "--size --variant"), (evaluate, "none.pt", "none.pt no such file"),
     (flops, "speed --openness 2", "--openness"),
     (evaluate, "a.pt b.pt --image x", "--image"), (evaluate, "a.pt --labels x", "--labels --images"),
-    (evaluate, "a.pt --experts c --image x", "--image"), (evaluate, "a.pt --keep 0.1", "--keep --experts"),
-    (evaluate, "a.pt --onnx", "--onnx --experts"), (evaluate, "a.pt --limit 0", "--limit")]
+    (evaluate, "a.pt --experts c --image x", "--image"), (evaluate, "a.pt --keep 0", "--keep --experts"),
+    (evaluate, "a.pt --onnx", "--onnx --experts"), (evaluate, "a.pt --limit 0", "--limit"),
+    (evaluate, "a.pt --image x --data y", "--image --data"),
+    (flops, "--published --variant dr-a", "--published --variant")]
 
 
 @pytest.mark.parametrize("script, flags, words", BAD)
@@ -1954,7 +1956,7 @@ def test_bad_coco_files_are_named_in_one_line():
         ("images", [image | dict(file_name="../secret.jpg"), *rest], "no such image"),
         ("images", [image | dict(file_name=secret), *rest], "no such image"),
         ("images", [image] * 2, "same id"),
-        ("categories", [dict(id=9, name="x")], "categories"), ("annotations", [], "object"),
+        ("categories", [dict(id=9, name="x")], "category_id"), ("annotations", [], "object"),
         ("annotations", [box | dict(bbox=[1, 2, 3])], "annotation 1"), ("annotations", [box, box], "same id"),
         ("annotations", [box | dict(image_id="one")], "'one'"),
         ("annotations", [box | dict(segmentation=[["a"] * 6])], "--masks"),
@@ -2059,7 +2061,8 @@ def test_run_lengths_must_make_up_their_image():
     corners = [5, 5, 30, 5, 30, 30]
     found = read_annotations(contents, True, segmentation=corners)[1]  # one without brackets of its own
     assert pickle.loads(found[0].outline) == [corners]
-    for wrong in ([[5, 5, 30, 5, 30, math.nan]], [[5, 5, 1e9, 5, 30, 30]], [[5, 5, 30, "30", 5, 5]]):
+    endless = [9e4, 0, -9e4, 5] * 99  # each pixel of an outline takes memory
+    for wrong in ([[5, 5, 9, 5, 9, math.nan]], [[5, 5, 1e9, 5, 9, 9]], [[5, 5, 9, "9", 5, 5]], [endless]):
         refuses(lambda: read_annotations(contents, True, segmentation=wrong), "annotation 1", "--masks")
 
 
@@ -2375,6 +2378,11 @@ def test_runs_on_other_folders_or_classes_are_other_settings():
     assert header[2] == "data" and (one[2], one[-1], two[2], two[-1]) == ("a", 2, "b", 2)
     runs[0].checkpoint["classes"] = ["other"]  # classes of one name are no others
     assert [row[-1] for row in evaluate.make_table(runs, [])] == ["Seeds", 1, 1, 2]
+    swept = [made_up_run(f"{value}", 60.0, lambda2=value) for value in (0.1, 0.5)]  # 0.1 is the variant's
+    swept.append(made_up_run("other", 60.0, lambda2=0.5, train_list="own.txt"))
+    header, *rows = evaluate.make_table(swept, [])
+    assert header[2:4] == ["λ2", "train_list"]
+    assert [row[2:4] for row in rows] == [["0.1", "–"], ["0.5", "–"], ["0.5", "own.txt"]]
 
 
 # ============ resuming ============
@@ -2435,7 +2443,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another():
     succeeds(train_seg.main, command)
     for flags, words in (
         ("", ["holds a run already", "--resume"]), ("--resume --lr 0.3", ["--lr 0.3", "0.05"]),
-        ("--resume --name none", ["no run to go on with"]),
+        ("--resume --name none", ["no run to go on with"]), ("--resume --seed 3", ["--seed 3", "with 0"]),
     ):
         refuses(lambda: run(train_seg.main, command, flags), *words)
     refuses(lambda: run(train_seg.main, command, "--resume --init x.pt"), "--init x.pt", "leave it out")
@@ -2456,6 +2464,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another():
     assert Path("runs/run/last.pt").read_bytes() == before
     Path("runs/run/last.pt").write_bytes(b"nothing")
     refuses(lambda: run(train_seg.main, command, "--resume auto"), "runs/run/last.pt")
+    Path("runs/run/last.pt").unlink()
+    for resume in ("", "--resume", "--resume auto"):
+        refuses(lambda: run(train_seg.main, command, resume), "best.pt but no last.pt")
 
 
 def torchrun(flags, **variables):

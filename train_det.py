@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
             inputs = (to_device(x, [], device)[0] for x, _, _ in bn_batches)
             padded = (model.prepare(x)[0].tensors for x in inputs)
             reestimate_batch_norm(model.pyramid, padded, world)  # the heads have none
+            del bn_loader, bn_batches, inputs, padded  # and with them its processes
             result = evaluate.evaluate_detection(model, val_loader, val_set, process)
         if evaluating and rank == 0:
             scores = result.scores(val_set, config.masks)

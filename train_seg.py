@@ -16,7 +16,7 @@
 The step is in `main`; train_det.py has the same loop for detection. The weights of the loss terms come with
 the variant, see VARIANTS in model.py.
 
-A run writes to runs/NAME: config.json (every resolved value), log.jsonl (one line per event), last.pt and
+A run writes to runs/NAME: config.json (the settings), log.jsonl (one line per event), last.pt and
 best.pt. Stopped, it goes on with the same command and --resume; --resume auto also starts it.
 """
 
@@ -243,7 +243,8 @@ def resolve(config, process: Process, recipe: dict, saved: dict | None, weights,
     if config.batch == 1 or alone:
         raise InputError(f"--batch {config.batch}: batch norm needs at least 2 images per process")
     if config.k and config.activations == "bank" and config.bank_age * config.batch < config.k:
-        raise InputError(f"--bank-age {config.bank_age}: so few iterations never see --k {config.k} images")
+        words = f"the bank keeps the images of so few iterations, --bank-age {config.bank_age}; give fewer"
+        raise InputError(f"--k {config.k}: {words}")
     if config.compile and process.world > 1:
         words = "is for one process; shared batch norm would cut the compiled network at each of its layers"
         raise InputError(f"--compile: {words}")
@@ -399,6 +400,7 @@ def main(argv: list[str] | None = None) -> None:
             bn_batches = itertools.islice(data.forever(bn_loader), config.bn_batches)
             inputs = (data.normalize(x.to(device)) for x, _, _ in bn_batches)
             reestimate_batch_norm(model, inputs, world)
+            del bn_loader, bn_batches, inputs  # and with them its processes
             result = evaluate.evaluate_segmentation(model, val_loader, len(classes), process)
             score = result.miou()
             improved = score > best
@@ -417,7 +419,7 @@ def check_labels(train_set, val_set) -> None:
     """Raises InputError where nothing can be learned, or nothing evaluated: mIoU would be nan."""
     for split, dataset in (("train", train_set), ("val", val_set)):
         if not dataset.has_truth:
-            words = f"as in every label of {split}, all pixels are void; correct the ids"
+            words = f"as of every image of {split}, all pixels of its label are void; correct the ids"
             raise InputError(f"{dataset.image_name(0)}: {words}")
 
 
@@ -549,7 +551,8 @@ def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
 def make_bank(model: nn.Module, config, train_set, device: torch.device) -> ActivationBank:
     """The bank of the training set. Raises InputError where it cannot have the --k clusters."""
     if config.k and config.k > len(train_set):
-        raise InputError(f"--k {config.k}: the training set has only {len(train_set)} images")
+        words = f"the training set has only {len(train_set)} images; give fewer clusters"
+        raise InputError(f"--k {config.k}: {words}")
     subsets = 0 if train_set.subset is None else int(train_set.subset.max()) + 1
     if config.oracle and config.k != subsets:
         raise InputError("--oracle: needs --dataset shapes, whose subsets are known, and --k as their number")
@@ -589,10 +592,17 @@ def open_run(folder: Path, config, process: Process) -> dict | None:
     Raises InputError where there is nothing to resume, and for a run that would be overwritten.
     """
     path, saved = folder / "last.pt", None
+    if config.resume is None and path.exists():
+        words = f"{folder} holds a run already; go on with --resume, or choose another name"
+        raise InputError(f"--name {config.name}: {words}")
+    if not path.exists() and (folder / "best.pt").exists():
+        words = f"{folder} has best.pt but no last.pt; copy it to that and --resume, or choose another name"
+        raise InputError(f"--name {config.name}: {words}")
     if path.exists():
         saved = read_file(path, "a checkpoint of this run; put best.pt in its place, or remove both")
         if "log_bytes" not in saved or not saved["config"].keys() <= vars(config).keys():
-            raise InputError(f"{path}: not a checkpoint that a run of this version can go on from")
+            words = "no checkpoint that this script, in this version, can go on from; choose another --name"
+            raise InputError(f"{path}: {words}")
     if process.world > 1:
         at = torch.tensor(saved["iteration"] if saved else 0, device=process.device)
         first = at.clone()
@@ -601,9 +611,6 @@ def open_run(folder: Path, config, process: Process) -> dict | None:
             raise InputError(f"--out {config.out}: must be one folder, on a disk that all machines share")
     if saved is None and config.resume == "yes":
         raise InputError(f"--resume: {folder} holds no run to go on with; start it without --resume")
-    if saved is not None and config.resume is None:
-        words = f"{folder} holds a run already; go on with --resume, or choose another name"
-        raise InputError(f"--name {config.name}: {words}")
     return saved
 
 
@@ -620,9 +627,11 @@ def check_same(saved: dict, config, train_set, classes: list) -> None:
     for key, value in saved["config"].items():
         now = vars(config)[key]
         if key not in evaluate.INCIDENTAL and json.dumps(now) != json.dumps(value):
-            was = "without it; leave it out" if value in (None, False) else f"with {value}; repeat that"
-            words = f"{config.name} was started {was}, or choose another --name"
-            raise InputError(f"{as_flag(key)} {now}: {words}")
+            was, shown = f"with {value}; repeat that", f"{as_flag(key)} {now}"
+            if isinstance(value, bool) or value is None:
+                was = "with it; repeat that" if value else "without it; leave it out"
+                shown = as_flag(key) if isinstance(value, bool) else shown
+            raise InputError(f"{shown}: {config.name} was started {was}, or choose another --name")
 
 
 def fingerprint(dataset) -> int:

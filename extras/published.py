@@ -40,6 +40,7 @@ PUBLISHED_NAMES = {
     r"^sem_seg_head\.": "head.",
 }
 
+
 def rows_of(tasks) -> list[dict[str, str]]:
     """The rows of the papers' tables that are of some tasks, by the columns of assets/published.csv.
 
@@ -67,7 +68,7 @@ def weights_of(contents: dict) -> dict[str, Tensor] | None:
         if isinstance(value, (Tensor, np.ndarray)):
             weights[our_name(str(name))] = torch.as_tensor(value)
     first = weights.get(FIRST)
-    if "backbone.stem.stem_1.weight" not in found or first is None or first.shape[1:2] != (3,):
+    if first is None or "backbone.stem.stem_1.weight" not in found or first.shape[1:2] != (3,):
         return None
     deviation = 255 * first.new_tensor([0.229, 0.224, 0.225])  # ImageNet's, RGB
     return weights | {FIRST: first.flip(1) * deviation[:, None, None]}

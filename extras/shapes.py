@@ -82,7 +82,7 @@ class ShapesDataset(Dataset):
 
     Image i of a split depends on (seed, split, i) and the options only, so it is the same in every epoch,
     worker and process (for a given NumPy, whose random streams may change between versions). It is painted
-    once, by the process that asks first, and kept for all that started from this one.
+    once, by the process that asks first, and kept for all that were forked from this one.
 
     size: side in pixels, a multiple of 32; everything scales with it. subsets: 2 to 4. n_train, n_val,
     n_test: images in the splits. seed: 0 or more.
@@ -101,7 +101,8 @@ class ShapesDataset(Dataset):
         self.looks = [KINDS[name] for name in self.subset_names]
         count = {"train": n_train, "val": n_val, "test": n_test}[split]
         self.subset = torch.from_numpy(self._rng(0).permutation(np.arange(count) % subsets))
-        self.painted, self.kept = _memory(split, size, subsets, count, seed)
+        self.drawn_from = (split, size, subsets, count, seed)
+        _memory(*self.drawn_from)  # before others start from this process
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), stream])
@@ -118,10 +119,11 @@ class ShapesDataset(Dataset):
 
     def _pictures(self, index: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """Image uint8 [3, H, W], semantic mask uint8 [H, W], and the object of each pixel, 0 for none."""
-        if not self.painted[index]:
-            self.kept[index] = self._paint(index)
-            self.painted[index] = 1
-        image, mask, instance = np.split(self.kept[index], [3, 4], axis=2)
+        painted, kept = _memory(*self.drawn_from)
+        if not painted[index]:
+            kept[index] = self._paint(index)
+            painted[index] = 1
+        image, mask, instance = np.split(kept[index], [3, 4], axis=2)
         image = torch.from_numpy(image.copy()).permute(2, 0, 1)
         return image, torch.from_numpy(mask[..., 0].copy()), instance[..., 0]
 
@@ -305,9 +307,11 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
     """
     subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
     table = torch.bincount(truth * clusters + labels, minlength=subsets * clusters).view(subsets, clusters)
-    # Every way to match is tried, for known subsets are few; nobody wants the columns that are added.
+    # Every way to match is tried, for known subsets are few. No subset needs a cluster that is not among its
+    # best so many, and nobody wants the columns that are added.
     padded = [row + [0] * (subsets - clusters) for row in table.tolist()]
-    ways = itertools.permutations(range(max(subsets, clusters)), subsets)
+    best = table.topk(min(subsets, clusters)).indices.unique().tolist()
+    ways = itertools.permutations([*best, *range(clusters, subsets)], subsets)
     match = max(ways, key=lambda way: sum(row[column] for row, column in zip(padded, way)))
     hits = sum(row[column] for row, column in zip(padded, match))
     match = [column if column < clusters else -1 for column in match]

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -76,6 +77,7 @@ def test_a_picture_is_painted_once_for_all_that_ask(monkeypatch):
     again = data.segmentation_dataset("shapes", None, "train", False, **options)
     assert [int(batch[2]) for batch in data.pass_loader(again, 1, workers=1)] == list(range(20))
     assert painted == list(range(20))
+    assert len(pickle.dumps(again)) < 10_000  # which is sent to processes that are not forked
     for (image, mask, _), (other, same, _) in zip(whole, again):
         assert torch.equal(image, other) and torch.equal(mask, same)
 
@@ -409,6 +411,9 @@ def test_a_published_checkpoint_is_read_whole_and_evaluated():
     assert metrics["images"] == 12 and metrics["variant"] == "dr-a" and metrics["gflops"]["paper"]["mean"] > 0
     refuses(lambda: run(evaluate.main, command), "11 classes")
     refuses(lambda: run(evaluate.main, "metrics-camvid.json --variant dr-a"), "metrics-camvid.json")
+    for contents in (5, torch.zeros(2)):
+        torch.save({"model": contents}, "other.pth")
+        refuses(lambda: published.load("other.pth", "dr-a", "cpu"), "other.pth")
     for missing in ("gate_conv", "sem_seg"):
         published_file("partial.pth", without=[missing])
         refuses(lambda: published.load("partial.pth", "dr-a", "cpu"), "--init")
@@ -436,7 +441,7 @@ def test_beside_runs_stand_the_published_rows_of_their_tasks():
     paper = published.rows_of({"segmentation"})
     header, _, *rows = evaluate.make_table([run], paper)
     row = ["DivDR-A (DivDR Table 1)", "Layer16", "73.5 ± 0.4", "57.7 ± 3.9"]
-    assert [*row, *"––––"] in rows and len(rows) == len(paper) == 31 and {len(row) for row in rows} == {8}
+    assert [*row, *["–"] * 4] in rows and len(rows) == len(paper) == 31 and {len(row) for row in rows} == {8}
     full = {row[0] for row in rows if row[1].endswith(", full gates")}
     assert full == {row[0] for row in rows if row[0].startswith("Dynamic-Raw")} and len(full) == 6
     legend = figures.draw_trade_off([run], evaluate.group_runs, paper).axes[0].get_legend().get_lines()
