@@ -43,31 +43,34 @@ PUBLISHED = [
     ("Layer33 + head", 33, 4, 19, 1024, 2048),
     ("Layer17", 17, 5, None, 800, 800),
 ]
+GATES = ("full", "small")
 
 
-def open_cost(layers, scales, classes: int | None, height: int, width: int, gate: str, count: str) -> int:
-    """Multiply-adds of an image through a network 64 wide with every gate open; `classes` adds the head."""
-    with torch.device("meta"):  # shapes alone: no weights are made
-        if classes is None:
-            network = backbone = RoutedBackbone(layers, gate=gate, scales=scales)
-        else:
-            network = build_model("dr-raw", "segmentation", classes, layers=layers, gate=gate)
-            backbone = network.backbone
-    return int(sum(network.real_cost(backbone.open_routes(), height, width, count).values()))
+def open_cost(layers, scales, classes: int | None, height: int, width: int, gate: str) -> dict[str, int]:
+    """Multiply-adds, by count, of an image through a network 64 wide with every gate open; `classes` adds the
+    head."""
+    if classes is None:
+        network = backbone = RoutedBackbone(layers, gate=gate, scales=scales)
+    else:
+        network = build_model("dr-raw", "segmentation", classes, layers=layers, gate=gate)
+        backbone = network.backbone
+    routes = backbone.open_routes()
+    return {c: int(sum(network.real_cost(routes, height, width, c).values())) for c in ("paper", "exact")}
 
 
 def print_published(static: bool) -> None:
     """The routed networks of the papers and, if asked for, the static ones that they compare with."""
-    kinds = [("full", "paper"), ("small", "paper"), ("full", "exact"), ("small", "exact")]
-    rows = [["network", "input", *(f"{gate}, {count}" for gate, count in kinds)]]
+    papers = extra("published", "--published").rows_of(("segmentation", "detection")) if static else []
+    rows = [["network", "input", *(f"{gate}, {count}" for count in ("paper", "exact") for gate in GATES)]]
     for label, layers, scales, classes, height, width in PUBLISHED:
-        costs = [open_cost(layers, scales, classes, height, width, *kind) / 1e9 for kind in kinds]
-        rows.append([label, f"{height}x{width}", *map(three_places, costs)])
+        costs = [open_cost(layers, scales, classes, height, width, gate) for gate in GATES]
+        shown = [three_places(cost[count] / 1e9) for count in ("paper", "exact") for cost in costs]
+        rows.append([label, f"{height}x{width}", *shown])
     print(f"G multiply-adds of an image, every gate open\n{table(rows)}")
     if not static:
         return
     rows = [["network", "--variant", "input", "paper", "exact", "published", "difference"]]
-    for row in extra("published", "--published").rows_of(("segmentation", "detection")):
+    for row in papers:
         if row["gate"]:
             continue
         task, classes, size = "detection", 80, (800, 800)
@@ -146,7 +149,7 @@ def add_network(add) -> None:
     """The flags that say what network."""
     add("--layers", type=int, help="layers; by default 16, in detection 17")
     add("--width", type=int, help="channels at stride 4; by default 64")
-    add("--gate", choices=["full", "small"], help="kind of gate; by default the variant's")
+    add("--gate", choices=GATES, help="kind of gate; by default the variant's")
 
 
 def three_places(value: float) -> str:

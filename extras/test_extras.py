@@ -441,7 +441,8 @@ def test_beside_runs_stand_the_published_rows_of_their_tasks():
     paper = published.rows_of({"segmentation"})
     header, _, *rows = evaluate.make_table([run], paper)
     row = ["DivDR-A (DivDR Table 1)", "Layer16", "73.5 ± 0.4", "57.7 ± 3.9"]
-    assert [*row, *["–"] * 4] in rows and len(rows) == len(paper) == 31 and {len(row) for row in rows} == {8}
+    assert [*row, *["–"] * 4] in rows and len(rows) == len(paper) == 31
+    assert {len(row) for row in rows} == {8}
     full = {row[0] for row in rows if row[1].endswith(", full gates")}
     assert full == {row[0] for row in rows if row[0].startswith("Dynamic-Raw")} and len(full) == 6
     legend = figures.draw_trade_off([run], evaluate.group_runs, paper).axes[0].get_legend().get_lines()
