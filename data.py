@@ -603,7 +603,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Pillow reads it: torchvision.io's decoders are deprecated from 0.29 on. Raises DataError for a file that
     is missing, damaged or too large, and for grey of more than 8 bits.
     """
-    with _opened(path) as (image, _):
+    with _opened(path) as (image, source):
+        _remark_pages(path, source.pages)
         if image.mode.startswith(("I", "F")):  # of which Pillow would show two levels of grey
             raise DataError(f"{path}: is grey of more than 8 bits; scale it to 8")
         return np.array(image.convert("RGB"))
@@ -616,6 +617,9 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     for what cannot hold ids.
     """
     with _opened(path) as (image, source):
+        if source.pages > 1:
+            words = f"holds {source.pages} pages; save the one with the label as a file of its own"
+            raise DataError(f"{path}: {words}")
         if source.format not in ("PNG", "BMP", "TIFF") or "jpeg" in source.compression:
             raise DataError(f"{path}: is a {source.format} inside, which blurs ids; save labels as PNG")
         if image.mode in ("RGB", "RGBA"):
@@ -638,7 +642,8 @@ def read_label(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Height and width of a picture as seen; of most formats the pixels are not read for it."""
-    with _opened(path, load=False) as (image, _):
+    with _opened(path, load=False) as (image, source):
+        _remark_pages(path, source.pages)
         if image.format == "TIFF":  # these Pillow turns itself
             image.load()
         no_exif = image.format == "PNG" and "exif" not in image.info  # else it would read on to the end
@@ -649,9 +654,17 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 class _Source(NamedTuple):
     """How a file has its picture."""
 
+    pages: int  # or frames; a photograph with its preview counts as one
     format: str
     compression: str  # of a TIFF
     raw: str  # bits and channels among it
+
+
+def _remark_pages(path: str | os.PathLike, pages: int) -> None:
+    """Says, by Python's rules once for each folder, that pictures in it have more pages than are read."""
+    if pages > 1:
+        words = "pictures of several pages or frames, of which the first alone is read; save each as a file"
+        warnings.warn(f"{os.path.dirname(path) or '.'}: holds {words}", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -659,7 +672,9 @@ def _opened(path: str | os.PathLike, load: bool = True):
     """Pillow's picture, loaded and turned, and its `_Source`; what goes wrong inside becomes a DataError."""
     try:
         with Image.open(path) as image:
-            source = _Source(image.format, str(image.info.get("compression")), str(image.tile[:1]))
+            several = getattr(image, "is_animated", False) and image.format != "MPO"
+            pages, compression = image.n_frames if several else 1, str(image.info.get("compression"))
+            source = _Source(pages, image.format, compression, str(image.tile[:1]))
             if load:
                 image.load()
                 turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # none of a TIFF: Pillow has turned it
@@ -856,6 +871,7 @@ class CocoFile(NamedTuple):
     flat: list  # ids of the annotations whose box has a side under a pixel in the image, or whose mask none
     count: int  # of objects
     crowds: int  # how many of them are crowds
+    strays: int  # polygons of fewer than three corners, which are left out
     usable: torch.Tensor  # bool [N]: with an object that is no crowd, and whose sides have a pixel or more
     packed: torch.Tensor  # uint8
     ends: torch.Tensor  # [N + 1] int64: the objects of image i are packed[ends[i] : ends[i + 1]]
@@ -877,13 +893,15 @@ def read_coco(path: str, masks: bool) -> CocoFile:
 
     def shrink(found: dict) -> dict:
         # json calls it with each object that it has read: polygons must not pile up.
+        nonlocal strays
         if not masks:
             found.pop("segmentation", None)
         elif "segmentation" in found:
-            found["segmentation"] = _pack_polygons(found["segmentation"])
+            found["segmentation"], left_out = _pack_polygons(found["segmentation"])
+            strays += left_out
         return found
 
-    where, sizes, flat, ids = "it", [], [], set()
+    where, sizes, flat, ids, strays = "it", [], [], set(), 0
     try:
         with open(path, encoding="utf-8-sig") as file:  # some tools put a mark in front
             contents = json.load(file, object_hook=shrink)
@@ -925,14 +943,12 @@ def read_coco(path: str, masks: bool) -> CocoFile:
             said += "; COCO's format has categories with id and name, images with id, file_name, width and "
             said += "height, annotations with id, image_id, category_id, bbox, area and iscrowd"
         raise DataError(f"{path}: {where} {said}") from error
-    usable = []
-    for of_image in objects:
-        usable.append(any(not one.crowd and min(one.box[2:]) >= 1 for one in of_image))
+    usable = [any(not one.crowd and min(one.box[2:]) >= 1 for one in of_image) for of_image in objects]
     packed = [pickle.dumps([tuple(found) for found in of_image]) for of_image in objects]
     return CocoFile(
         classes, list(categories), list(images), names, torch.tensor(sizes).view(-1, 2), flat,
         count=sum(map(len, objects)), crowds=sum(found.crowd for of_image in objects for found in of_image),
-        usable=torch.tensor(usable, dtype=torch.bool),
+        strays=strays, usable=torch.tensor(usable, dtype=torch.bool),
         packed=torch.from_numpy(np.frombuffer(bytearray().join(packed), dtype=np.uint8)),
         ends=torch.tensor([0, *map(len, packed)]).cumsum(0))
 
@@ -975,18 +991,22 @@ def _clean(found: dict, label: int, height: int, width: int) -> Object:
 _FAR, _LONG = 1e5, 1e7
 
 
-def _pack_polygons(segmentation):
-    """Pickles polygons x1 y1 x2 y2 ... of three corners or more; gives back what is none."""
-    polygons = segmentation if isinstance(segmentation, list) else []
+def _pack_polygons(segmentation) -> tuple[object, int]:
+    """Pickles polygons x1 y1 x2 y2 ..., but for those of fewer than three corners, as stray clicks leave
+    behind: nothing, if all are; and says how many it left out. Gives back what is none."""
+    polygons, whole = segmentation if isinstance(segmentation, list) else [], []
     if polygons and isinstance(polygons[0], (int, float)):  # one, without brackets of its own
         polygons = [polygons]
     for polygon in polygons:
-        fits = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        fits = isinstance(polygon, list) and len(polygon) % 2 == 0
         if not fits or not all(isinstance(x, (int, float)) and -_FAR <= x <= _FAR for x in polygon):
-            return segmentation
+            return segmentation, 0
         if sum(abs(a - b) for a, b in zip(polygon, polygon[2:])) > _LONG:
-            return segmentation
-    return pickle.dumps(polygons) if polygons else segmentation
+            return segmentation, 0
+        if len(polygon) >= 6:
+            whole.append(polygon)
+    packed = pickle.dumps(whole) if whole else b""
+    return (packed if polygons else segmentation), len(polygons) - len(whole)
 
 
 def _check_outline(segmentation, height: int, width: int) -> bytes:
@@ -996,6 +1016,9 @@ def _check_outline(segmentation, height: int, width: int) -> bytes:
     """
     if isinstance(segmentation, bytes):
         return segmentation
+    if isinstance(segmentation, list) and segmentation:
+        words = "has a polygon that is no list of numbers x1, y1, x2, y2, ... near its image"
+        raise ValueError(f"{words}; correct it or do without --masks")
     if not isinstance(segmentation, dict) or not segmentation.get("counts"):
         raise ValueError("has no segmentation, polygons or run lengths; correct it or do without --masks")
     counts, area = segmentation["counts"], height * width
@@ -1084,13 +1107,15 @@ class CocoImages(Dataset):
         if file.flat:
             which = f"{len(file.flat)} boxes, the first that of annotation {file.flat[0]},"
             remark = f"{which} have a side under a pixel inside their image, or an empty mask; "
+        if file.strays:
+            remark += f"{file.strays} polygons have fewer than three corners and are left out; "
         if self.train and file.crowds > 0.1 * file.count:  # CVAT writes whatever was painted as a crowd
             share = f"{file.crowds} of {file.count} annotations"
             remark += f"{share} have iscrowd 1 (set it to 0 where they are single objects); "
         if self.train and not file.usable.any():
             raise DataError(f"{self.annotations}: {remark}no image has an object to learn from")
         if remark:
-            warnings.warn(f"{self.annotations}: {remark}these are no objects to learn from", stacklevel=5)
+            warnings.warn(f"{self.annotations}: {remark}none of these is learned from", stacklevel=5)
         return file
 
     def _find(self, names: list[str]) -> list[str]:

@@ -2,11 +2,8 @@
 
     python flops.py                                      # the routed networks of the papers, everything open
     python flops.py --published                          # and the static ones, beside what is published
-    python flops.py --variant divdr-a --size 1024 2048   # one network, part by part
-    python flops.py --task detection --variant r50-fpn   # one detector: its backbone, and the whole
-    python flops.py --route u-net                        # a static network of the routing space
-    python flops.py speed                                # inference, by how much of the network is open
-    python flops.py speed --train --size 768 768 --batch 8 --device cuda --amp
+    python flops.py --variant divdr-a --size 1024 2048   # one network, part by part; or --route u-net
+    python flops.py speed                                # inference, or --train: a training step
     python flops.py kmeans --k 2 4 8                     # beside scikit-learn where it is installed
 
 Two counts: "paper", as the published code of Dynamic Routing reports it, and "exact", what this code runs.

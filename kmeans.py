@@ -7,8 +7,9 @@
     clusters.centers, clusters.labels, clusters.sigma2
     expert, distance = clusters.nearest(A)       # of any image
 
+    # beyond the paper: what an image's look changes in A(x) counts little
     bank.update_views(A, other)                  # now and then; other: A(x) of the batch with another look
-    clusters = bank.cluster(k=4, metric=bank.view_metric())     # what the look changes counts little
+    clusters = bank.cluster(k=4, metric=bank.view_metric())
 
 With torch.distributed every rank keeps the whole bank: `update` gathers what all ranks saw, and the first
 rank clusters for all. The bank then lies where the process group can send from: with NCCL, on the GPU.
@@ -44,9 +45,8 @@ def kmeans(
     Returns (centers [k, D], labels [n] int64, inertia): labels are the nearest of the returned centres, to
     rounding, the first on a tie; inertia is Σ ‖x − mu(x)‖². The same call gives the same result.
 
-    A cluster that loses all its samples moves to the sample farthest from its own centre; several take the
-    farthest, the next farthest, ..., no two at one place. With fewer distinct samples than k, the centres
-    left over lie on samples of other clusters and have no members.
+    A cluster that has no sample starts again, where K-means++ would add a centre to the others. With fewer
+    distinct samples than k, the centres left over lie on samples of other clusters and have no members.
 
     Raises ValueError for NaN or inf in x or init, fewer samples than k, and shapes that do not fit.
     """
@@ -62,7 +62,7 @@ def kmeans(
         x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         if not x.sum().isfinite():  # a sum is finite only if its terms are
             raise ValueError("NaN or inf in the samples")
-        centers = _plus_plus(x, k, seed) if init is None else init.to(x)
+        centers = _plus_plus(x, k, seed) if init is None else init.to(x, copy=True)
         if not centers.isfinite().all():
             raise ValueError("NaN or inf in the initial centres")
         offset = x.mean(dim=0).double()
@@ -70,14 +70,17 @@ def kmeans(
         sums = x.new_zeros(k, x.shape[1], dtype=torch.float64)
         for _ in range(max_iter):
             nearest = _nearest(x, centers, offset)
+            empty = nearest.bincount(minlength=k) == 0
+            if empty.any():  # a sync
+                centers[empty] = _plus_plus(x, int(empty.sum()), seed, centers[~empty])
+                nearest = _nearest(x, centers, offset)
             moved = (nearest != labels).nonzero().squeeze(1)  # a sync; soon hardly any sample moves
             if len(moved) == 0:
                 break
             _move(sums, x, moved, labels, nearest)
             labels = nearest
-            sizes = labels.bincount(minlength=k)
-            centers = (sums / sizes.clamp(min=1)[:, None]).to(x.dtype)
-            _reseed_empty(x, centers, labels, sizes)
+            sizes = labels.bincount(minlength=k)[:, None]
+            centers = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).to(x.dtype), centers)
         else:  # the centres have moved since the last assignment
             labels = _nearest(x, centers, offset)
         inertia = _squared_to_own(x, centers, labels).double().sum().item()
@@ -110,19 +113,8 @@ def _squared_to_own(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([(part - centers[own]).square_().sum(dim=1) for part, own in parts])
 
 
-def _reseed_empty(x: Tensor, centers: Tensor, labels: Tensor, sizes: Tensor) -> None:
-    """Puts the centre of each empty cluster on the sample farthest from its own centre, in place."""
-    empty = (sizes == 0).nonzero().squeeze(1).tolist()  # a sync
-    if not empty:
-        return
-    far = _squared_to_own(x, centers, labels)
-    for j in empty:
-        centers[j] = x[far.argmax()]
-        far[(x == centers[j]).all(dim=1)] = 0  # the next one takes a sample at another place
-
-
-def _plus_plus(x: Tensor, k: int, seed: int) -> Tensor:
-    """Greedy K-means++ (Arthur and Vassilvitskii, 2007) -> centres [k, D].
+def _plus_plus(x: Tensor, k: int, seed: int, others: Tensor | None = None) -> Tensor:
+    """Greedy K-means++ (Arthur and Vassilvitskii, 2007) -> k centres [k, D], beside `others` [m, D] if given.
 
     Each next centre is drawn with probability ∝ squared distance to the nearest centre so far; of 2 + ln k
     such draws the one that leaves the least inertia is kept.
@@ -136,15 +128,17 @@ def _plus_plus(x: Tensor, k: int, seed: int) -> Tensor:
         return x[index.clamp(max=len(x) - 1)]
 
     everyone = x.new_ones(len(x))
-    centers = draw(everyone, uniforms[0, :1])
-    closest = _distances(x, centers).squeeze(1).square()  # [n]
-    for j in range(1, k):
+    first = draw(everyone, uniforms[0, :1]) if others is None else others
+    closest = _distances(x, first).amin(dim=1).square()  # [n]
+    centers = [first[0]] if others is None else []
+    for j in range(len(centers), k):
         # Inertia 0 means that there are fewer distinct samples than centres: any sample will do.
         drawn = draw(torch.where(closest.sum() > 0, closest, everyone), uniforms[j])
         left = torch.minimum(_distances(x, drawn).square(), closest[:, None])  # [n, draws]
         best = left.double().sum(dim=0).argmin()
-        centers, closest = torch.cat([centers, drawn[best][None]]), left[:, best]
-    return centers
+        centers.append(drawn[best])
+        closest = left[:, best]
+    return torch.stack(centers)
 
 
 def _distances(x: Tensor, centers: Tensor) -> Tensor:
@@ -277,14 +271,15 @@ class ActivationBank:
         return (whiten @ axes * (signal / (signal + 1))).float() if signal[-1] > 0 else None
 
     def cluster(
-        self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 4, metric: Tensor | None = None
+        self, k: int, seed: int = 0, max_iter: int = 100, restarts: int = 0, metric: Tensor | None = None
     ) -> Clusters:
         """K-means over the recent samples; sets and returns `clusters`.
 
-        It starts from the last centres, if there are k, and from K-means++ `restarts` times, and keeps the
-        result with the least inertia: the numbers of the clusters may then change. An older sample is of the
+        It starts from the last centres, if there are k, else from K-means++. An older sample is of the
         cluster whose centre is nearest to its value.
 
+        restarts: how many more starts it tries, from K-means++. The result with the least inertia is kept;
+            its clusters take the numbers of the last ones that they are nearest to.
         metric: [D, D], what A is multiplied by to find out which samples belong together. Centres and sigma2
             are in the units of A all the same; a cluster without samples then has its centre at 0.
         Raises ValueError while fewer than k samples are recent.
@@ -307,7 +302,11 @@ class ActivationBank:
                 start = None if start is None else start @ metric
             starts = [start] + [None] * restarts
             results = [kmeans(A, k, init, max_iter, seed + j) for j, init in enumerate(starts)]
-            centers, labels[index], inertia[0] = min(results, key=lambda result: result[2])
+            centers, found, inertia[0] = min(results, key=lambda result: result[2])
+            if start is not None and centers is not results[0][0]:
+                order = _matched(start, centers)
+                centers, found = centers[order], order.argsort()[found]
+            labels[index] = found
             labels[older] = assign(old, centers)[0]
             if metric is not None:
                 centers, inertia[0] = _means(self.values[index], labels[index], k)
@@ -348,6 +347,17 @@ class ActivationBank:
             for name, part in state["clusters"].items():
                 parts[name] = part.to(self.values.device) if isinstance(part, Tensor) else part
             self.clusters = Clusters(**parts)
+
+
+def _matched(old: Tensor, new: Tensor) -> Tensor:
+    """Which of the `new` centres [k, D] takes the place of each `old` one [k, D]: int64 [k], nearest pairs
+    first."""
+    distances, order = _distances(old, new), torch.zeros(len(old), dtype=torch.int64, device=old.device)
+    for _ in order:
+        i, j = divmod(int(distances.argmin()), len(old))
+        order[i] = j
+        distances[i], distances[:, j] = torch.inf, torch.inf
+    return order
 
 
 def _means(A: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:

@@ -12,7 +12,9 @@ SIGMA2_FLOOR = 1e-4  # the clustering loss divides by no less; a cluster of equa
 
 
 def cost_loss(cost: Tensor, total: float | Tensor, budget: float) -> Tensor:
-    """L_cost = (C / C_all − mu_budget)², C the batch mean of expected cost (Dynamic Routing, section 3.3).
+    """L_cost, the mean over images of (C(x) / C_all − mu_budget)² (DivDR, equations 1 and 3).
+
+    Each image is held to the budget by itself, as in Dynamic Routing's recipe of one image per GPU.
 
     cost:   [B], expected multiply-adds of each image.
     total:  C_all > 0, the same cost with every alpha = 1 (float or 0-dim tensor); of a RoutedBackbone
@@ -25,7 +27,7 @@ def cost_loss(cost: Tensor, total: float | Tensor, budget: float) -> Tensor:
     if not 0 <= budget <= 1:
         raise ValueError(f"budget must lie in [0, 1], not {budget}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))  # multiply-adds overflow half precision
-    return (cost.mean() / total - budget) ** 2
+    return (cost / total - budget).square().mean()
 
 
 def budget_ramp(progress: float, start: float = 0.4, length: float = 0.02) -> float:
@@ -55,7 +57,8 @@ def clustering_loss(
         { margin + ‖A − mu(x)‖ / (2 sigma2)
                  + log Σ_{k ≠ own} exp(−‖A − mu_k‖ / (2 sigma2)) }₊
 
-    with plain (not squared) Euclidean norms.
+    with plain (not squared) Euclidean norms. The loss of an image is 0 only where it is nearer to its own
+    centre than to the others by 2 · margin · sigma2, or a little more: at the margin of 5 by 10 sigma2.
 
     A:       [B, D], gate activations; the gradient goes here, and is 0 where A lies on a centre.
     centers: [K, D], K >= 2, the mu_k of the last K-means update; constants here.

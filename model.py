@@ -374,7 +374,7 @@ class Detector(nn.Module):
 
     def prepare(self, images: list[Tensor], targets: list[dict] | None = None):
         """images: list of [3, H, W] on 0..1. -> (ImageList of one tensor [B, 3, H, W], resized, normalised
-        and padded; targets to match).
+        and padded; targets to match). In training the size of each image is drawn anew.
 
         Raises InputError for an image so narrow that nothing would be left of its short side.
         """
@@ -406,9 +406,15 @@ class Detector(nn.Module):
         losses = losses | roi_losses
         return DetectionOutput(losses, detections, routes.A, cost, routes, batch.image_sizes, padded)
 
-    def routes(self, images: list[Tensor]) -> Routes:
-        """The routes alone: no heads run."""
-        return self.pyramid(self.prepare(images)[0].tensors)[1]
+    def routes(self, images: list[Tensor], sizes: list[tuple[int, int]] | None = None) -> Routes:
+        """The routes alone: no heads run. sizes: what each image becomes, in place of what `prepare` says."""
+        if sizes is None:
+            return self.pyramid(self.prepare(images)[0].tensors)[1]
+        resized = []
+        for image, size in zip(images, sizes):
+            resized.append(resize(self.rcnn.transform.normalize(image)[None], size=size)[0])
+        batch = self.rcnn.transform.batch_images(resized, self.stride)
+        return self.pyramid(batch.contiguous(memory_format=torch.channels_last))[1]
 
     def cut(self, route: Tensor) -> Detector:
         """The static detector of a route, with a copy of the weights that it uses; see `FixedBackbone`."""
@@ -704,10 +710,14 @@ def start_process(device: str | None = None, workers: int = 0) -> Process:
     """Joins the process group where torchrun set one up, and picks the device: CUDA, else MPS, else the CPU.
 
     On a CPU, torch gets the cores that `workers` loader processes leave: a thread that shares its core with a
-    loader holds up all others. Raises InputError where `device` is not to be had, or where torchrun would not
-    get over a restart.
+    loader holds up all others. Raises InputError where `device` is not to be had, where torchrun would not
+    get over a restart, and where there are to be several processes without it.
     """
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world, local = (of_torchrun(name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    left_behind = os.environ.get("WORLD_SIZE", "")
+    if not dist.is_torchelastic_launched() and left_behind.strip() not in ("", "0", "1"):
+        words = "but no torchrun started this process; start it with torchrun, or unset WORLD_SIZE"
+        raise InputError(f"WORLD_SIZE: is {left_behind!r} in the environment, {words}")
     shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         # torchrun keeps the store in which processes find each other, with the addresses of the dead.
@@ -749,4 +759,9 @@ def keep_freed_memory() -> None:
 def cores_per_process() -> int:
     """Processor cores for each process of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // of_torchrun("LOCAL_WORLD_SIZE", 1))
+
+
+def of_torchrun(name: str, otherwise: int) -> int:
+    """A number that torchrun put into the environment; `otherwise` where no torchrun started this process."""
+    return int(os.environ[name]) if dist.is_torchelastic_launched() else otherwise

@@ -100,10 +100,11 @@ def separable_conv(c_in: int, c_out: int, relu: bool = True, stride: int = 1) ->
     return [depthwise, *conv_bn(c_in, c_out, relu, kernel_size=1)]
 
 
-def stem(width: int) -> nn.Sequential:
-    """[B, 3, H, W] -> [B, width, H/4, W/4]. The first convolution is not padded: 256 -> 127 -> 127 -> 64."""
+def stem(in_channels: int, width: int) -> nn.Sequential:
+    """[B, in_channels, H, W] -> [B, width, H/4, W/4]. The first convolution is not padded: 256 -> 127 -> 127
+    -> 64."""
     return nn.Sequential(
-        *conv_bn(3, width, kernel_size=3, stride=2),
+        *conv_bn(in_channels, width, kernel_size=3, stride=2),
         *separable_conv(width, width),
         *separable_conv(width, width, stride=2),
     )
@@ -206,24 +207,28 @@ class Grid(nn.Module):
         width: channels at stride 4, doubled with every coarser scale; even.
         gate: "full", or "small": the gate sees its input shrunk to a quarter; None: no gates.
         scales: nodes of the last layer, 4 (segmentation, strides 4...32) or 5 (detection, strides 4...64).
+        in_channels: of the images.
 
     Attributes: nodes_per_layer, num_nodes, channels (of each output), stride (the coarsest; H and W are
     multiples of it). Raises ValueError for sizes that cannot be built.
     """
 
-    def __init__(self, layers: int = 16, width: int = 64, gate: str | None = "full", scales: int = 4):
+    def __init__(
+        self, layers: int = 16, width: int = 64, gate: str | None = "full", scales: int = 4,
+        in_channels: int = 3,
+    ):
         super().__init__()
         if gate not in ("full", "small", None):
             raise ValueError(f"gate={gate!r}: a gate is 'full' or 'small', or None for no gates")
         if width < 2 or width % 2:
             raise ValueError(f"width={width}: must be even, for gates halve it, and at least 2")
-        self.width, self.gate = width, gate
+        self.width, self.gate, self.in_channels = width, gate, in_channels
         self.nodes_per_layer = nodes_per_layer(layers, scales)
         self.num_nodes = sum(self.nodes_per_layer)
         self.stride = 4 * 2 ** (scales - 1)
         self.channels = [width * 2**s for s in range(scales)]
 
-        self.stem = stem(width)
+        self.stem = stem(in_channels, width)
         self.init = Node(width, up=False, down=True, gate=gate)
         self.layers = nn.ModuleList()
         for here, after in zip(self.nodes_per_layer, self.nodes_per_layer[1:] + [0]):
@@ -251,22 +256,29 @@ class Grid(nn.Module):
             yield layer, slice(first, first + len(layer)), len(after)
             first += len(layer)
 
-    def _run(
-        self, x: Tensor, forced: Tensor | None = None, skip: bool = False
-    ) -> tuple[list[Tensor], Routes | None]:
-        """Images [B, 3, H, W] through the layers -> features, and, where there are gates, the routes.
+    def stem_map(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> the stem's map [B, width, H/4, W/4].
 
-        forced: [B, 1 + nodes, 3], alpha in place of what the gates say. skip: an image, B = 1, runs without
-        what is closed for it; else all runs, and what is closed is multiplied by zero.
+        Raises ValueError if H or W is not a multiple of `stride`.
         """
         height, width = x.shape[-2:]
         if height % self.stride or width % self.stride:
             words = f"both must be multiples of {self.stride}, see pad_to_stride"
             raise ValueError(f"image of {height}x{width}: {words}")
-        first = self.stem(x)
+        return self.stem(x)
+
+    def _run(
+        self, first: Tensor, forced: Tensor | None = None, skip: bool = False
+    ) -> tuple[list[Tensor], Routes | None]:
+        """The stem's map through the layers -> features, and, where there are gates, the routes. Without
+        gradients it works in place: the caller must not use the map afterwards.
+
+        forced: [B, 1 + nodes, 3], alpha in place of what the gates say. skip: an image, B = 1, runs without
+        what is closed for it; else all runs, and what is closed is multiplied by zero.
+        """
         arrived = [first]  # per node of the layer: [B, C, h, w], or None where nothing is delivered
-        place = "cpu" if skip else x.device  # of all that decides what runs
-        reached = torch.ones(x.shape[0], 1, dtype=torch.bool, device=place)  # [B, n]
+        place = "cpu" if skip else first.device  # of all that decides what runs
+        reached = torch.ones(first.shape[0], 1, dtype=torch.bool, device=place)  # [B, n]
         decided = []
         for layer, rows, targets in self._layers():
             for s, node in enumerate(layer):
@@ -275,7 +287,7 @@ class Grid(nn.Module):
             runs, weight = [node.paths for node in layer], None
             passes = [node.cell is None for node in layer]  # whether, or times what, the input goes on
             if self.gate:
-                here = reached.to(x.device, non_blocking=True)
+                here = reached.to(first.device, non_blocking=True)
                 logits, alpha = self._decide(layer, rows, arrived, here, forced)  # [B, n, 3]
                 decided.append((logits, alpha, here))
                 weight = (alpha * (alpha > OPEN)).to(first.dtype)[..., None, None, None]  # [B, n, 3, 1, 1, 1]
@@ -347,10 +359,12 @@ class RoutedBackbone(Grid):
     Arguments and attributes are those of `Grid`, and dim, the length of A.
     """
 
-    def __init__(self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4):
+    def __init__(
+        self, layers: int = 16, width: int = 64, gate: str = "full", scales: int = 4, in_channels: int = 3
+    ):
         if gate is None:
             raise ValueError("gate=None: a routed network has gates, 'full' or 'small'")
-        super().__init__(layers, width, gate, scales)
+        super().__init__(layers, width, gate, scales, in_channels)
         self.dim = 3 * self.num_nodes
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -383,9 +397,10 @@ class RoutedBackbone(Grid):
             one_by_one = batch == 1 or large and x.device.type == "cpu"
             skip = one_by_one and not self.training
         if not skip or batch == 1:
-            return self._run(x, alpha, skip)
+            return self._run(self.stem_map(x), alpha, skip)
         alphas = [None] * batch if alpha is None else alpha.expand(batch, -1, -1).split(1)
-        runs = [self._run(image, forced, skip=True) for image, forced in zip(x.split(1), alphas)]
+        maps = map(self.stem_map, x.split(1))
+        runs = [self._run(first, forced, skip=True) for first, forced in zip(maps, alphas)]
         features, routes = zip(*runs)
         features = [torch.cat(maps) for maps in zip(*features)]
         return features, Routes(*map(torch.cat, zip(*routes)))
@@ -411,7 +426,8 @@ class RoutedBackbone(Grid):
     def cut(self, route: Tensor) -> FixedBackbone:
         """The static network of a route, bool [1 + nodes, 3], with a copy of the weights that it uses."""
         scales = len(self.channels)
-        fixed = FixedBackbone(route, len(self.nodes_per_layer), self.width, self.gate, scales)
+        size = (len(self.nodes_per_layer), self.width, self.gate, scales, self.in_channels)
+        fixed = FixedBackbone(route, *size)
         fixed.to(self.stem[0].weight).train(self.training)
         weights = self.state_dict()
         fixed.load_state_dict({name: weights[name] for name in fixed.state_dict()})
@@ -429,7 +445,7 @@ class FixedBackbone(Grid):
     Args:
         route: bool [1 + nodes, 3], the init node first, as (up, keep, down). Nodes that it does not reach are
             closed.
-        layers, width, gate, scales: as in `Grid`.
+        layers, width, gate, scales, in_channels: as in `Grid`.
 
     Attributes: fixed_route, without what is not reached; rows, the same as lists, to branch on without
     waiting for the device; filled, for each output whether it can be anything but 0; dim, 0, the length of A.
@@ -438,8 +454,10 @@ class FixedBackbone(Grid):
 
     dim = 0
 
-    def __init__(self, route: Tensor, layers: int, width: int, gate: str | None, scales: int = 4):
-        super().__init__(layers, width, gate, scales)
+    def __init__(
+        self, route: Tensor, layers: int, width: int, gate: str | None, scales: int = 4, in_channels: int = 3
+    ):
+        super().__init__(layers, width, gate, scales, in_channels)
         exists = torch.tensor([node.exists() for node in self.all_nodes()])
         if route.shape != exists.shape:
             shapes = f"{tuple(route.shape)}, with {layers} layers it is {tuple(exists.shape)}"
@@ -476,7 +494,11 @@ class FixedBackbone(Grid):
 
         Raises ValueError if H or W is not a multiple of `stride`.
         """
-        return self._run(x)[0]
+        return self._run(self.stem_map(x))[0]
+
+    def from_stem(self, first: Tensor) -> list[Tensor]:
+        """`forward` from the stem's map [B, width, H/4, W/4] on, which stays as it is."""
+        return self._run(first.clone())[0]
 
     def route(self, x: Tensor, skip: bool | None = None) -> tuple[list[Tensor], Routes]:
         """The features, and routes without a row: nothing is left to decide, and nothing to skip."""
@@ -618,7 +640,7 @@ def _count_costs(backbone: Grid, height: int, width: int, count: str) -> Costs:
         height, width = (side + -side % backbone.stride for side in (height, width))
         half = ((height - 3) // 2 + 1, (width - 3) // 2 + 1)  # the first convolution is not padded
         quarter = (height // 4, width // 4)
-    stem = conv_cost(3, C, *half, k=3) + norm(C, *half) + relu(C, *half)
+    stem = conv_cost(backbone.in_channels, C, *half, k=3) + norm(C, *half) + relu(C, *half)
     stem += separable(C, *half) + relu(C, *half)
     stem += separable(C, *quarter) + relu(C, *quarter)
 

@@ -1,11 +1,7 @@
 """Train a detector on a routed network: alternate SGD and K-means over the gate activations.
 
-    # a data set that is made on the fly; a CPU is enough
-    python train_det.py --dataset shapes
-    # one process; CUDA or CPU, as found; with instance segmentation
-    python train_det.py --data DIR --variant divdr-raw --masks
-    # one machine with 8 GPUs, COCO 2017
-    torchrun --nproc_per_node 8 train_det.py --variant divdr-a
+    python train_det.py --dataset shapes                            # made on the fly; a CPU is enough
+    torchrun --nproc_per_node 8 train_det.py --variant divdr-a      # COCO 2017, 8 GPUs; --masks
     # torchvision's ResNet-50-FPN through the same loop
     torchrun --nproc_per_node 8 train_det.py --variant r50-fpn --init resnet50-0676ba61.pth
     # your own data in COCO's format
@@ -17,6 +13,7 @@ A run writes to runs/NAME what train_seg.py does. What the two loops share is in
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -32,7 +29,7 @@ from model import (
 )
 from train_seg import (
     VIEWS_EVERY, Log, about_step, check_same, distribute, fingerprint, finish, kmeans_interval, make_bank,
-    make_model, make_optimizer, mean_over_ranks, open_run, parse, recompute_activations,
+    make_model, make_optimizer, open_run, parse, recompute_activations,
     reestimate_batch_norm, resolve, shapes_options, shared_settings, warm_up,
 )
 
@@ -48,7 +45,7 @@ RECIPES = {
     "shapes": dict(
         layers=6, width=16, pyramid=64, short_sides=(128,), long_side=128, anchor=8, size=128, proposals=100,
         rois=64, iters=3000, batch=8, lr=0.05, warmup=50, eval_every=1000, bn_batches=50, eval_batch=10,
-        subsets=2,
+        subsets=2, metric="views",
     ),
 }
 
@@ -144,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         config=vars(config))
 
     # ============ the alternation ============
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
     batches = data.forever(loader, done)
     for iteration in range(done + 1, config.iters + 1):
         torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
@@ -157,25 +155,29 @@ def main(argv: list[str] | None = None) -> None:
 
         # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3). Each
         # term is a number, weighted already, of this rank's images; the log has it as loss_NAME.
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        with precision():
             out = network(images, targets)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {name.removeprefix("loss_"): loss for name, loss in out.losses.items()}  # L_task, in parts
         hinge = None  # the clustering loss of each image
         if config.lambda1:
-            share = out.cost / model.backbone.costs(*out.padded).full  # of C_all; ranks differ in size
-            share = mean_over_ranks(share, world)
+            total = model.backbone.costs(*out.padded).full  # C_all
             ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
-            terms["cost"] = config.lambda1 * ramp * cost_loss(share, 1.0, config.budget)
+            terms["cost"] = config.lambda1 * ramp * cost_loss(out.cost, total, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
-            own = clusters.labels[index]
+            own = clusters.nearest(A.detach())[0] if config.own == "nearest" else clusters.labels[index]
             hinge = clustering_loss(
                 A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
             terms["clustering"] = config.lambda2 * hinge.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
+            # The same images with another look: K-means counts little what that changes in A(x).
+            with torch.no_grad(), precision():
+                other = model.routes(data.change_look(images), out.sizes)
+            bank.update_views(A, other.activations(config.gate_space))
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -184,14 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         # (2) K-means, theta fixed, over the latest A(x) of the images that the last --bank-age iterations
         # saw. Without lambda2 no loss reads the clusters: they are for the log and for evaluation. A network
         # without gates has no --k.
-        to_bank = A.detach()
-        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
-            # The same images with another look: K-means counts little what that changes in A(x).
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                other = model.routes(data.change_look(images)).activations(config.gate_space)
-            bank.update_views(A, other)
-            to_bank = (to_bank + other) / 2
-        bank.update(index, to_bank)
+        bank.update(index, A)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.checked_means(iteration)  # K-means must not see what is not finite
@@ -200,12 +195,14 @@ def main(argv: list[str] | None = None) -> None:
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
                 inputs = ((to_device(x, [], device)[0], which) for x, _, which in full_pass)
-                recompute_activations(model, bank, inputs, config.gate_space)
+                with precision():
+                    recompute_activations(model, bank, inputs, config.gate_space)
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
                 metric = bank.view_metric() if config.metric == "views" else None
-                bank.cluster(config.k, config.seed + iteration, restarts=4, metric=metric)
+                bank.cluster(
+                    config.k, config.seed + iteration, restarts=config.kmeans_restarts, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 

@@ -1,17 +1,8 @@
 """Train a routed network for semantic segmentation: alternate SGD and K-means over the gate activations.
 
-    # a data set that is made on the fly; a CPU is enough
-    python train_seg.py --dataset shapes
-    # one process; CUDA, MPS or CPU, as found
-    python train_seg.py --dataset camvid --data DIR --variant divdr-raw
-    # your own images and label PNGs: images/train, labels/train, images/val and labels/val in DIR
-    python train_seg.py --dataset folder --data DIR
-    # a classic network of the routing space, without gates, or one that evaluate.py --experts cut out
-    python train_seg.py --route u-net
-    # one machine with 8 GPUs, Cityscapes
-    torchrun --nproc_per_node 8 train_seg.py --variant divdr-a
-    # two machines, the same on each; the runs folder is on a disk that both share
-    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_seg.py
+    python train_seg.py --dataset shapes                            # made on the fly; a CPU is enough
+    python train_seg.py --dataset folder --data DIR                 # your own images and label PNGs
+    torchrun --nproc_per_node 8 train_seg.py --variant divdr-a      # Cityscapes, 8 GPUs
 
 The step is in `main`; train_det.py has the same loop for detection. The weights of the loss terms come with
 the variant, see VARIANTS in model.py.
@@ -24,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -63,7 +55,8 @@ RECIPES = {
     "camvid": dict(
         layers=16, width=64, iters=20_000, warmup=1000, lr=0.05, eval_every=1000, bn_batches=100),
     "shapes": dict(
-        layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50, subsets=2),
+        layers=4, width=16, iters=3000, warmup=50, lr=0.2, eval_every=3000, bn_batches=50, subsets=2,
+        metric="views"),
 }
 # Dynamic Routing's recipe for a start from ImageNet features: the learning rate, and how many times as much
 # that of the gates is, which start at random.
@@ -116,7 +109,7 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     chosen = first.parse_known_args(argv)[0]
     chosen.variant = chosen.variant or ("fixed-route" if chosen.route else "divdr-a")
     variant = VARIANTS.get(chosen.variant, VARIANTS["divdr-a"])
-    defaults = recipes.get(chosen.dataset, {}) | dict(
+    defaults = dict(metric="plain") | recipes.get(chosen.dataset, {}) | dict(
         gate=variant.gate(task), lambda1=variant.lambda1, budget=variant.budget, lambda2=variant.lambda2,
         warmup=None, lr=None, clip=5.0)
     if variant.on_resnet:  # a network of fixed size, whose reference clips nothing
@@ -171,17 +164,22 @@ def shared_settings(argv, description: str, task: str, recipes: dict[str, dict])
     add("--budget", type=number(float, 0, 1), help="share of the full cost aimed at")
     add("--lambda2", type=number(float, 0), help="weight of the clustering loss")
     add("--margin", type=number(float, 0), default=5.0, help="its margin, alpha in eq. 2")
+    add("--own", choices=["nearest", "bank"], default="nearest",
+        help="the centre that pulls an image: nearest to its A(x), or of its cluster at the last K-means")
     add("--k", type=number(int, 2), help="clusters, that is experts; 4 by default, on shapes one per subset")
     add("--kmeans-every", type=number(int, 1), default=50, help="iterations between K-means updates")
     add("--kmeans-anneal", type=number(float, 1, 1e6), default=1.0,
         help="factor by which --kmeans-every has grown at the end")
+    add("--kmeans-restarts", type=number(int, 0), default=0,
+        help="K-means++ starts that an update tries beside the last centres")
     add("--activations", choices=["bank", "recompute"], default="bank",
         help="what K-means sees: the latest A(x) of each sample, or a pass over the training set")
     add("--bank-age", type=number(int, 1), default=2000,
         help="K-means sees what the last so many iterations saw")
-    add("--metric", choices=["views", "plain"], default="views",
+    add("--metric", choices=["plain", "views"],
         help="distances of K-means: plain, the paper's, or views: what another look changes counts little")
-    add("--oracle", action="store_true", help="shapes: centres of the true subsets; sets --metric plain")
+    add("--oracle", action="store_true",
+        help="shapes: clusters are the true subsets; sets --metric plain and --own bank")
     add("--gate-space", choices=["alpha", "logit"], default="alpha", help="cluster alpha, or its logit")
     parser.of_gates = [action.dest for action in method._group_actions]
 
@@ -216,7 +214,7 @@ def resolve(config, process: Process, recipe: dict, saved: dict | None, weights,
     if config.k is None and not variant.static:
         config.k = config.subsets if config.dataset == "shapes" else 4
     if config.oracle:
-        config.metric = "plain"
+        config.metric, config.own = "plain", "bank"
     if config.warmup is None:
         config.warmup = min(recipe["warmup"], config.iters // 10)
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -323,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         config=vars(config))
 
     # ============ the alternation ============
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp)
     batches = data.forever(loader, done)
     for iteration in range(done + 1, config.iters + 1):
         torch.manual_seed(data.mix_seeds(config.seed, rank, iteration))  # as in a run that was resumed
@@ -338,25 +337,29 @@ def main(argv: list[str] | None = None) -> None:
 
         # (1) SGD on theta, centres fixed: L = L_task + lambda1 L_cost + lambda2 L_clustering (eq. 3). Each
         # term is a number, weighted already, of this rank's images; the log has it as loss_NAME.
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        with precision():
             out = network(images)
         A = out.routes.activations(config.gate_space)  # [B, 3·nodes]
         terms = {"task": segmentation_loss(out.logits.float(), masks, world)}
         hinge = None  # the clustering loss of each image
         if config.lambda1:
-            cost = mean_over_ranks(out.cost, world)
             total = model.backbone.costs(*images.shape[-2:]).full  # C_all
             ramp = budget_ramp((iteration - 1) / config.iters, start=0.4, length=0.02)
-            terms["cost"] = config.lambda1 * ramp * cost_loss(cost, total, config.budget)
+            terms["cost"] = config.lambda1 * ramp * cost_loss(out.cost, total, config.budget)
         clusters = bank.clusters
         if config.lambda2 and clusters is not None:
-            own = clusters.labels[index]
+            own = clusters.nearest(A.detach())[0] if config.own == "nearest" else clusters.labels[index]
             hinge = clustering_loss(
                 A, clusters.centers, clusters.sigma2, config.margin, own, reduction="none")  # [B]
             terms["clustering"] = config.lambda2 * hinge.mean()
         optimizer.zero_grad(set_to_none=world == 1)  # see `distribute`
         sum(terms.values()).backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
+            # The same images with another look: K-means counts little what that changes in A(x).
+            with torch.no_grad(), precision():
+                other = model.routes(data.normalize(data.change_look(pixels)))
+            bank.update_views(A, other.activations(config.gate_space))
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -365,14 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         # (2) K-means, theta fixed, over the latest A(x) of the images that the last --bank-age iterations
         # saw. Without lambda2 no loss reads the clusters: they are for the log and for evaluation. A network
         # without gates has no --k.
-        to_bank = A.detach()
-        if config.k and config.metric == "views" and iteration % VIEWS_EVERY == 0:
-            # The same images with another look: K-means counts little what that changes in A(x).
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                other = model.routes(data.normalize(data.change_look(pixels))).activations(config.gate_space)
-            bank.update_views(A, other)
-            to_bank = (to_bank + other) / 2
-        bank.update(index, to_bank)
+        bank.update(index, A)
         due = iteration >= next_kmeans or iteration == config.iters
         if config.k and due and bank.count >= config.k:
             log.checked_means(iteration)  # K-means must not see what is not finite
@@ -381,12 +377,14 @@ def main(argv: list[str] | None = None) -> None:
                     train_set, config.batch // world, config.workers, rank, world, wrap=True,
                     seed=(config.seed, iteration))
                 inputs = ((data.normalize(x.to(device)), which) for x, _, which in full_pass)
-                recompute_activations(model, bank, inputs, config.gate_space)
+                with precision():
+                    recompute_activations(model, bank, inputs, config.gate_space)
             if config.oracle:
                 bank.cluster_known(train_set.subset, config.k)
             else:
                 metric = bank.view_metric() if config.metric == "views" else None
-                bank.cluster(config.k, config.seed + iteration, restarts=4, metric=metric)
+                bank.cluster(
+                    config.k, config.seed + iteration, restarts=config.kmeans_restarts, metric=metric)
             next_kmeans = iteration + kmeans_interval(config, iteration)
             log.clusters(iteration, bank)
 
@@ -502,19 +500,6 @@ def segmentation_loss(logits: Tensor, masks: Tensor, world: int) -> Tensor:
     return total * world / valid.clamp(min=1)
 
 
-def mean_over_ranks(values: Tensor, world: int) -> Tensor:
-    """Mean of [B] over the images of all ranks: [1], with the gradient of this rank's own mean.
-
-    The square of the cost loss needs the mean of all; DistributedDataParallel then averages the gradients.
-    """
-    own = values.mean()[None]
-    if world == 1:
-        return own
-    mean = own.detach().clone()
-    dist.all_reduce(mean)
-    return own + (mean / world - own.detach())
-
-
 def reestimate_batch_norm(network: nn.Module, batches, world: int) -> None:
     """Replaces the running statistics of batch norm by plain averages over `batches`, inputs of `network`.
 
@@ -600,7 +585,7 @@ def open_run(folder: Path, config, process: Process) -> dict | None:
         raise InputError(f"--name {config.name}: {words}")
     if path.exists():
         saved = read_file(path, "a checkpoint of this run; put best.pt in its place, or remove both")
-        if "log_bytes" not in saved or not saved["config"].keys() <= vars(config).keys():
+        if "log_bytes" not in saved or saved["config"].keys() != vars(config).keys():
             words = "no checkpoint that this script, in this version, can go on from; choose another --name"
             raise InputError(f"{path}: {words}")
     if process.world > 1:
@@ -741,7 +726,7 @@ def about_step(model: nn.Module, out, size: tuple[int, int], hinge: Tensor | Non
     """Of the step just done: G multiply-adds per image, what ran and what alpha expects of cells and paths.
 
     hinge_active: the share of images that the clustering loss, `hinge` [B], moves; the others are beyond its
-    margin, or were not seen before the last K-means.
+    margin, or, with --own bank, were not seen before the last K-means.
     """
     parts = model.real_cost(out.routes, *size, model.counts[0])
     real = sum(parts.values()).double().mean()
