@@ -1,21 +1,12 @@
 """Evaluate checkpoints of train_seg.py and train_det.py: scores and tables; or show what one predicts.
 
-    # scores, cost and experts; writes metrics.json
-    python evaluate.py runs/NAME/last.pt
+    python evaluate.py runs/NAME/last.pt    # scores, cost and experts; writes metrics.json
     # one table, mean ± std over seeds, with the papers' numbers beside them
     python evaluate.py runs/*/last.pt --published --format markdown
-    # predictions as label PNGs, for a data set's own tools
-    python evaluate.py runs/NAME/last.pt --split test --predictions DIR
-    # pictures with what is predicted on them, and which expert took each
-    python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER
-    # every figure, as PDF and PNG (extras/figures.py)
-    python evaluate.py runs/NAME/last.pt --figures DIR
-    # the experts as static networks of their own, exported, and what they are worth (extras/experts.py)
-    python evaluate.py runs/NAME/last.pt --experts DIR
-    # a checkpoint of Dynamic Routing's authors (extras/published.py)
-    python evaluate.py FILE --variant dr-a
-    # eight processes; each image counts once
-    torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt
+    python evaluate.py runs/NAME/last.pt --image FILE_OR_FOLDER     # predictions, and which expert took each
+    python evaluate.py runs/NAME/last.pt --figures DIR              # every figure (extras/figures.py)
+    python evaluate.py runs/NAME/last.pt --experts DIR              # as static networks (extras/experts.py)
+    torchrun --nproc_per_node 8 evaluate.py runs/NAME/last.pt       # eight processes; each image counts once
 
 The checkpoint knows its network, data set and classes; flags override what can differ. What is written beside
 it, or in --out, names checkpoint and split where these are not last.pt and val: metrics-test.json. A table
@@ -930,13 +921,16 @@ def cut_experts(arguments, process: Process) -> None:
             raise InputError(f"--experts: {path} is of another task than the checkpoints before it")
         split = open_split(arguments, checkpoint, process)
         source = open_split(arguments, checkpoint, process, arguments.cut_from)
+        if arguments.cut_from == arguments.split:
+            words = f"--cut-from {arguments.cut_from} --split {arguments.split}: routes and dispatcher"
+            print(f"note: {words} have seen the images on which they are scored", file=sys.stderr)
         rows[path] = experts.cut(arguments, model, split, source, folders[path])
         where = {"dataset": arguments.dataset or checkpoint["dataset"]}
         runs.append(about_run(path, checkpoint, where))
     form = arguments.format or "text"
     print(table(experts.table_of(group_runs(runs), rows, format_numbers), form))
-    note = f"On {runs[0].metrics['dataset']} {arguments.split}; GFLOPs: mean per image, the dispatcher's "
-    note += "stem counted; by A(x): the routed network that says where an image goes is not counted."
+    where = f"{runs[0].metrics['dataset']} {arguments.split}"
+    note = f"On {where}; GFLOPs: mean per image, of all that runs for it."
     if form != "csv":
         print(("% " if form == "latex" else "\n") + note)
 

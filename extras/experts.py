@@ -1,9 +1,9 @@
 """Experts cut out as static networks, dispatched, exported: evaluate.py --experts DIR.
 
 An expert is what more than a share of the images of its cluster open; its gates go on weighing what is left,
-image by image. The dispatcher says which expert takes an image, by the mean of the stem's map, which all
-experts share. `split` and `source` are evaluate.py's `Split`: the images to score on, and those that say what
-is open.
+image by image. All experts share the stem. It runs once for an image, and the mean of its map says which
+expert takes the image: that is the dispatcher. `split` and `source` are evaluate.py's `Split`: the images to
+score on, and those that say what is open.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
     k, labels = len(clusters.centers), clusters.nearest(A)[0]
     routes = cut_routes(opened, labels, k, arguments.keep)
     fixed = {name: model.cut(route) for name, route in routes.items()}
-    dispatcher = Dispatcher(model.backbone.stem, fit_dispatcher(pooled, labels, k))
+    decide = fit_dispatcher(pooled, labels, k)
 
     routed = split.evaluate(model)
     own = clusters.nearest(routed.A)[0]
-    rows = compare(split, model, fixed, dispatcher, routed, own)
+    rows = compare(split, model, fixed, decide, routed, own)
     experts, at = [], routed.sizes[0].tolist()
     for j in range(k):
         network = fixed[f"expert-{j}"]
@@ -74,7 +74,7 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
             "images": int((own == j).sum()), "images it was cut from": int((labels == j).sum()),
             "open paths": int(routes[f"expert-{j}"].sum()), "parameters": count_parameters(network),
             "gflops": {count: sum(parts.values()).item() / 1e9 for count, parts in costs.items()},
-            "gflops_at": at,
+            "gflops_at": at,  # the stem among them
         })
     about = {
         "task": checkpoint["task"], "run": checkpoint["path"].resolve().parent.name,
@@ -85,7 +85,9 @@ def cut(arguments: argparse.Namespace, model, split, source, folder: Path) -> di
         "routes": {name: route.int().tolist() for name, route in routes.items()},
         "centers": clusters.centers.tolist(),
     }
-    export(arguments, about, fixed, dispatcher, routed.sizes, size, folder)
+    networks = {"stem": Stem(model.backbone.stem, decide)}
+    networks |= {name: AfterStem(network) for name, network in fixed.items()}
+    export(arguments, about, networks, model.backbone, routed.sizes, size, folder)
     return rows
 
 
@@ -120,22 +122,9 @@ def cut_routes(opened: Tensor, labels: Tensor, k: int, share: float) -> dict[str
     return routes | {COMMON: common}
 
 
-class Dispatcher(nn.Module):
-    """Which expert takes an image: images [B, 3, H, W] -> scores [B, K], linear in the mean of the stem map.
-
-    The stem is a copy of the routed network's, which all experts share.
-    """
-
-    def __init__(self, stem: nn.Module, decide: nn.Linear):
-        super().__init__()
-        self.stem, self.decide = copy.deepcopy(stem), decide
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decide(self.stem(images).mean((2, 3)))
-
-
 def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
-    """Linear discriminant analysis, in closed form: pooled [N, C], labels [N] in [0, k) -> scores [., k].
+    """Linear discriminant analysis, in closed form: the means of the stem's maps, pooled [N, C], and labels
+    [N] in [0, k) -> scores [., k] of such means.
 
     A score is log(share of the class · its Gaussian density), without the terms that all classes have in
     common; the Gaussians share their covariance. A class without samples always scores lowest.
@@ -160,23 +149,22 @@ def fit_dispatcher(pooled: Tensor, labels: Tensor, k: int) -> nn.Linear:
 # ============ what they are worth ============
 
 
-def compare(split, model, fixed: dict, dispatcher: Dispatcher, routed, own: Tensor) -> dict[str, dict]:
-    """The rows of the table, by network. routed: what the routed `model` gave; own: [N] the expert of each
-    image by its A(x)."""
+def compare(split, model, fixed: dict, decide: nn.Linear, routed, own: Tensor) -> dict[str, dict]:
+    """The rows of the table, by network, with the cost of all that runs for an image. routed: what the routed
+    `model` gave; own: [N] the expert of each image by its A(x)."""
     experts = [network for name, network in fixed.items() if name != COMMON]
-    together = sum(map(count_parameters, experts))
-    pooled = route_images(model, split)[2]
-    sent = dispatcher.decide(pooled).argmax(1)
+    shared = (len(experts) - 1) * count_parameters(model.backbone.stem)
+    together = sum(map(count_parameters, experts)) - shared + count_parameters(decide)
+    sent = decide(route_images(model, split)[2]).argmax(1)
     dispatched = evaluate_sent(split, experts, sent)
-    for count, values in dispatched[1].items():  # the dispatcher runs the stem too
-        dispatched[1][count] = values + stem_cost(model, routed.sizes, count)
+    for count in dispatched[1]:
+        dispatched[1][count] += dispatch_cost(decide, model.backbone.stride, routed.sizes, count)
     of_common = evaluate_sent(split, [fixed[COMMON]], torch.zeros_like(own))
     rows = {}
     for name, (scores, by_count), parameters in [
         ("routed network", (split.scores([routed]), routed.flops), count_parameters(model)),
         (COMMON, of_common, count_parameters(fixed[COMMON])),
-        (f"{len(experts)} experts, by A(x)", evaluate_sent(split, experts, own), together),
-        (f"{len(experts)} experts, dispatched", dispatched, together + count_parameters(dispatcher)),
+        (f"{len(experts)} experts, dispatched", dispatched, together),
     ]:
         gflops = {f"GFLOPs {count}": flops.double().mean().item() / 1e9 for count, flops in by_count.items()}
         rows[name] = scores | gflops | {"parameters M": parameters / 1e6}
@@ -201,15 +189,18 @@ def count_parameters(network) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def stem_cost(model, sizes: Tensor, count: str) -> Tensor:
-    """[N] multiply-adds of the stem on images of these sizes [N, 2]."""
-    kind, *fixed_size = count.split(" at ")  # of detectors, also "paper at 800x800"
-    at = [[800, 800]] * len(sizes) if fixed_size else sizes.tolist()
-    return torch.tensor([model.backbone.costs(*size, kind).stem for size in at])
+def dispatch_cost(decide: nn.Linear, stride: int, sizes: Tensor, count: str) -> Tensor:
+    """[N] multiply-adds of saying which expert takes images of these sizes [N, 2], next to nothing: the mean
+    of the stem's map and the linear layer."""
+    if count == "paper at 800x800":  # of detectors
+        sizes = torch.full_like(sizes, 800)
+    if count == "exact":
+        sizes = sizes + -sizes % stride
+    return decide.in_features * (sizes // 4).prod(1) + decide.weight.numel()
 
 
 def table_of(settings: list, rows_of: dict, format_numbers) -> list[list]:
-    """Header and rows: for each setting its four networks, mean ± deviation over seeds.
+    """Header and rows: for each setting its three networks, mean ± deviation over seeds.
 
     settings: of evaluate.group_runs; rows_of: by the path of a checkpoint, what `cut` gave.
     """
@@ -231,80 +222,94 @@ def table_of(settings: list, rows_of: dict, format_numbers) -> list[list]:
 # ============ exported ============
 
 
-class Exportable(nn.Module):
-    """The part of a static network that can be exported.
+class Stem(nn.Module):
+    """What runs first. Takes normalised images [B, 3, H, W], sides multiples of the stride. Gives the stem's
+    map [B, C, H/4, W/4], and the expert that takes each image, int64 [B]."""
 
-    Takes normalised images [B, 3, H, W], sides multiples of the stride. Gives logits [B, classes, H, W], or
-    of a detector the maps P2 to P6.
-    """
+    def __init__(self, stem: nn.Module, decide: nn.Linear):
+        super().__init__()
+        self.stem, self.decide = stem, decide
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.stem(images)
+        return first, self.decide(first.mean((2, 3))).argmax(1)
+
+
+class AfterStem(nn.Module):
+    """What is left of a static network: takes the stem's map [B, C, H/4, W/4]. Gives logits
+    [B, classes, H, W], or of a detector the maps P2 to P6."""
 
     def __init__(self, network: Segmenter | Detector):
         super().__init__()
         self.network = network if isinstance(network, Segmenter) else network.pyramid
 
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        features = self.network.backbone(images)
+    def forward(self, first: Tensor) -> Tensor | list[Tensor]:
+        features = self.network.backbone.from_stem(first)
         if isinstance(self.network, Segmenter):
             return self.network.head(features)
         return [lateral(feature) for lateral, feature in zip(self.network.laterals, features)]
 
 
 def export(
-    arguments, about: dict, fixed: dict, dispatcher: Dispatcher, sizes: Tensor, size: tuple | None,
-    folder: Path,
+    arguments, about: dict, networks: dict, backbone, sizes: Tensor, size: tuple | None, folder: Path
 ) -> None:
     """Writes NAME.pt2 of each network, and with --onnx NAME.onnx, and experts.json: what is known of them.
 
+    networks: a `Stem` and `AfterStem`s, by name; backbone: the routed one that they are from.
     sizes: [N, 2] of the images; size: the one to export for, None for any, or that of images that are small.
     """
-    backbone = fixed[COMMON].backbone
     # torch.export takes a size of 1 for a constant: the smallest map that a gate sees must have two rows.
     stride, least = backbone.stride, (8 if backbone.gate == "small" else 2) * backbone.stride
     padded = sizes + -sizes % stride
     if size is None and padded.min() < least and (padded == padded[0]).all():
         size = tuple(padded[0].tolist())
     about |= {"stride": stride, "least": least, "size": size}
-    networks = {name: Exportable(network) for name, network in fixed.items()} | {"dispatcher": dispatcher}
-    outputs = dict.fromkeys(fixed, ["logits"] if about["task"] == "segmentation" else None)
-    files = set()
+    taken, files = size or (least, least + stride), set()
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in tqdm(networks.items(), "exporting", leave=False):
         network = fuse(copy.deepcopy(network).cpu().eval())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.export about itself
-            program, example = export_program(network, stride, least, size)
+            if name == "stem":
+                example, inputs, outputs = torch.zeros(2, 3, *taken), ["images"], ["features", "expert"]
+            else:
+                example = torch.zeros(2, backbone.width, taken[0] // 4, taken[1] // 4)
+                inputs, outputs = ["features"], ["logits"] if about["task"] == "segmentation" else None
+            program = export_program(network, example, None if size else stride, least)
             write_file(folder / f"{name}.pt2", lambda file: torch.export.save(program, file))
             files.add(f"{name}.pt2")
             if arguments.onnx:
-                writer = functools.partial(write_onnx, program, example, outputs.get(name, ["scores"]))
+                names = dict(input_names=inputs, output_names=outputs)
+                writer = functools.partial(write_onnx, program, example, names)
                 write_file(folder / f"{name}.onnx", writer)
                 files.add(f"{name}.onnx")
+    ours = re.compile(rf"(expert-\d+|{COMMON}|stem|dispatcher)\.(pt2|onnx)")
     for old in folder.glob("*"):  # of another export: they would not go with these
-        if re.fullmatch(rf"(expert-\d+|{COMMON}|dispatcher)\.(pt2|onnx)", old.name) and old.name not in files:
+        if ours.fullmatch(old.name) and old.name not in files:
             old.unlink()
     content = json.dumps(about)
     write_file(folder / "experts.json", lambda file: file.write(f"{content}\n".encode()))
     if about["task"] == "detection":
-        words = "torchvision's heads are not exported: a file is the pyramid, from images to P2 ... P6"
+        words = "torchvision's heads are not exported: the files end at the pyramid, P2 ... P6"
         print(words, file=sys.stderr)
-    taken = f"and any height and width that are multiples of {stride}, at least {least}"
+    said = f"and any height and width that are multiples of {stride}, at least {least}"
     if size:
-        taken = f"of {size[1]}x{size[0]} pixels alone; --export-size takes another"
-    print(f"wrote {len(files) + 1} files to {folder}, for any batch {taken}", file=sys.stderr)
+        said = f"of {size[1]}x{size[0]} pixels alone; --export-size takes another"
+    print(f"wrote {len(files) + 1} files to {folder}, for any batch {said}", file=sys.stderr)
 
 
-def export_program(network, stride: int, least: int, size: tuple[int, int] | None):
-    """torch.export of a network for any batch, and for `size` or all multiples of `stride` from `least` on.
+def export_program(network, example: Tensor, stride: int | None, least: int):
+    """torch.export of a network, for the CPU, and for any batch of the example [2, C, h, w] of its input.
 
-    Returns the program, for the CPU, and an example of its input.
+    stride: of the images; they may then have all sides that are its multiples from `least` pixels on. None:
+    that of the example alone.
     """
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    shape, shapes = (2, 3, *(size or (least, least + stride))), {0: batch}
-    if size is None:
+    shapes = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if stride:
+        step = stride * example.shape[2] // least  # of images; of the stem's map a quarter
         names = ("height", "width")
         height, width = (torch.export.Dim(name, min=least // stride, max=4096) for name in names)
-        shapes |= {2: stride * height, 3: stride * width}
-    example = torch.zeros(shape)
+        shapes |= {2: step * height, 3: step * width}
     with torch.no_grad():
         program = torch.export.export(network, (example,), dynamic_shapes=(shapes,))
     for module in program.graph_module.modules():
@@ -312,12 +317,11 @@ def export_program(network, stride: int, least: int, size: tuple[int, int] | Non
             # Without stack traces, which hold our lines of code and this machine's paths.
             node.meta = {name: value for name, value in node.meta.items() if name == "val"}
     program._example_inputs = None
-    return program, example
+    return program
 
 
-def write_onnx(program, example: Tensor, outputs: list[str] | None, file) -> None:
-    """An exported program as ONNX, with names for its `outputs`."""
-    names = dict(input_names=["images"], output_names=outputs)
+def write_onnx(program, example: Tensor, names: dict, file) -> None:
+    """An exported program as ONNX, with `names` of inputs and outputs."""
     with contextlib.redirect_stdout(io.StringIO()):
         converted = torch.onnx.export(program, (example,), dynamo=True, verbose=False, **names)
     for node in converted.model_proto.graph.node:

@@ -296,14 +296,11 @@ class ShapesDetection(Dataset):
 # ============ how well clusters recover the known subsets ============
 
 
-def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list[int]]:
-    """How well clusters recover known subsets.
+def agreement(labels: Tensor, truth: Tensor) -> tuple[float, Tensor, list[int]]:
+    """How well clusters recover known subsets: labels, truth [n] int64 >= 0 -> (accuracy, table, match).
 
-    labels, truth: [n] int64 >= 0.
-    Returns (accuracy, adjusted Rand index, table, match). table [subsets, clusters] counts images. match[s]
-    is the cluster that the best one-to-one matching gives to subset s, -1 for none. accuracy in 0..1 is the
-    share of images in that matching. The index (Hubert and Arabie, 1985) is 1 for equal partitions and 0 on
-    average for independent ones.
+    table [subsets, clusters] counts images. match[s] is the cluster that the best one-to-one matching gives
+    to subset s, -1 for none. accuracy in 0..1 is the share of images in that matching.
     """
     subsets, clusters = int(truth.max()) + 1, int(labels.max()) + 1
     table = torch.bincount(truth * clusters + labels, minlength=subsets * clusters).view(subsets, clusters)
@@ -314,21 +311,13 @@ def agreement(labels: Tensor, truth: Tensor) -> tuple[float, float, Tensor, list
     ways = itertools.permutations([*best, *range(clusters, subsets)], subsets)
     match = max(ways, key=lambda way: sum(row[column] for row, column in zip(padded, way)))
     hits = sum(row[column] for row, column in zip(padded, match))
-    match = [column if column < clusters else -1 for column in match]
-
-    def pairs(counts: Tensor) -> float:
-        return (counts.double() * (counts - 1) / 2).sum().item()
-
-    by_subset, by_cluster, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum())
-    expected, most = by_subset * by_cluster / max(total, 1), (by_subset + by_cluster) / 2
-    rand = (pairs(table) - expected) / (most - expected) if most != expected else 1.0
-    return hits / len(labels), rand, table, match
+    return hits / len(labels), table, [column if column < clusters else -1 for column in match]
 
 
 def recovery(labels: Tensor, k: int, flops: Tensor, dataset) -> dict:
     """How well k experts recover the subsets of `dataset`. labels: [N] experts; flops: [N] multiply-adds."""
     truth = dataset.subset
-    accuracy, rand, counts, match = agreement(labels, truth)
+    accuracy, counts, match = agreement(labels, truth)
     subsets = {}
     for s, name in enumerate(dataset.subset_names):
         mine = truth == s
@@ -338,7 +327,7 @@ def recovery(labels: Tensor, k: int, flops: Tensor, dataset) -> dict:
                 "images": int(mine.sum()), "experts": experts, "matched": match[s],
                 "gflops": flops[mine].double().mean().item() / 1e9,
             }
-    return {"accuracy": 100 * accuracy, "adjusted_rand": rand, "subset": subsets}
+    return {"accuracy": 100 * accuracy, "subset": subsets}
 
 
 def describe_recovery(recovered: dict) -> str:
@@ -349,6 +338,5 @@ def describe_recovery(recovered: dict) -> str:
     for name, row in subsets.items():
         counts = [f"{n}{'*' if k == row['matched'] else ' '}" for k, n in enumerate(row["experts"])]
         rows.append([name, *counts, three_digits(row["gflops"])])
-    rand = f"adjusted Rand index {recovered['adjusted_rand']:.4f}"
     words = f"recovered subsets: {recovered['accuracy']:.2f} % of images, one expert matched to each (*)"
-    return f"\n{words}; {rand}\n{table(rows, left=1)}"
+    return f"\n{words}\n{table(rows, left=1)}"
